@@ -1,0 +1,120 @@
+"""Networks on disk: safetensors for the numbers, JSON for the words, written whole or not at all, never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from micelab import models
+from micelab.exceptions import CheckpointError, MicelabError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Puts `content` at `path` in one step: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
+    """Tensors and a JSON dict in one safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, to_bytes(plain, {"micelab": json.dumps(words)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote. Raises CheckpointError where the file is missing, cut off or not micelab's."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            words = json.loads((file.metadata() or {})["micelab"])
+            return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or only half written ({error}): fetch or make it again") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} was not written by micelab: load its weights into your own model instead") from error
+
+
+def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Path:
+    """Writes a network built by micelab (its `spec` goes along) and, beside it, its card as JSON; gives back the path.
+
+    `card`: recipe, seed, epochs, machine, accuracies, command; `dtype`: torch.float16 halves the file.
+    """
+    spec = getattr(model, "spec", None)
+    if not spec:
+        raise CheckpointError(
+            f"{type(model).__name__} has no `spec` to rebuild it from: use micelab.resnet20 or micelab.small_cnn, or torch.save"
+        )
+    path = Path(path).with_suffix(".safetensors")
+    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    write_tensors(path, tensors, {"spec": spec, "card": card or {}})
+    if card:
+        write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    return path
+
+
+def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
+    """The network of a checkpoint, in eval mode, by name ("resnet20a-cifar10-relu") or path; its card is `.card`.
+
+    Names are looked for in `folder`, then $MICELAB_DATA/checkpoints, data/checkpoints, and the repository's own.
+    """
+    path = find(name, folder)
+    tensors, words = read_tensors(path)
+    try:
+        model = models.build(words["spec"])
+    except (KeyError, MicelabError) as error:
+        raise CheckpointError(f"{path} names a network that this version does not know: {error}") from error
+    load_weights(model, tensors, path)
+    model.card = words.get("card", {})
+    return model.eval()
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies `tensors` into `model`; names the first mismatch where they are another network's."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors or name not in own:
+            raise CheckpointError(f"{path} is of another network: `{name}` is only in the {'model' if name in own else 'file'}")
+        if own[name].shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            raise CheckpointError(f"{path} is of another network: `{name}` has shape {shapes}")
+        if tensors[name].is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
+            raise CheckpointError(f"{path} holds NaN or infinite numbers in `{name}`: it cannot be used")
+    model.load_state_dict(tensors)
+
+
+def find(name: str | Path, folder: str | Path | None = None) -> Path:
+    """The file of a checkpoint by name or path. Raises CheckpointError that lists what there is."""
+    direct = Path(name)
+    if direct.suffix == ".safetensors" or direct.is_file():
+        if not direct.is_file():
+            raise CheckpointError(f"checkpoint {direct} does not exist")
+        return direct
+    places = [Path(folder)] if folder else []
+    if os.environ.get("MICELAB_DATA"):
+        places.append(Path(os.environ["MICELAB_DATA"]) / "checkpoints")
+    places += [Path("data/checkpoints"), Path(__file__).parent.parent / "data" / "checkpoints"]
+    for place in places:
+        if (place / f"{name}.safetensors").is_file():
+            return place / f"{name}.safetensors"
+    there = sorted({file.stem for place in places for file in place.glob("*.safetensors")})
+    raise CheckpointError(
+        f"no checkpoint is named {str(name)!r}; here are: {', '.join(there) or 'none'}. "
+        "The shipped ones come with the repository (data/checkpoints)"
+    )

@@ -1,0 +1,277 @@
+"""Image data sets held in memory as uint8: digits (embedded), CIFAR-10/100 (torchvision), any labelled folder of images.
+
+The training images are split once, by class and with a fixed seed, into training and validation; choices are made on
+validation, and the test split is only reported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from micelab.exceptions import DataError, InputError
+
+SplitName = Literal["train", "validation", "test"]
+Augmentation = Literal["none", "standard", "auto"]
+VALIDATION_SHARE = {"digits": 0.1, "cifar10": 0.05, "cifar100": 0.05}
+_SPLIT_SEED = 2023
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [N, C, H, W] uint8 and labels [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int = 256, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """(images float in [0, 1], labels) in order, `size` at a time."""
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield to_float(images.to(device)), labels.to(device)
+
+    def head(self, count: int | None) -> Split:
+        """The first `count` images (all for None)."""
+        return self if count is None else Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: three splits, class names, and the training images' mean and spread per channel."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.train.images.shape[1:])  # type: ignore[return-value]
+
+    def split(self, name: SplitName) -> Split:
+        return getattr(self, name)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [N, C, H, W] to float32 in [0, 1], laid out channels_last."""
+    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def data_folder(folder: str | Path | None = None) -> Path:
+    """`folder`, else $MICELAB_DATA, else data/ under the current folder."""
+    return Path(folder or os.environ.get("MICELAB_DATA") or "data")
+
+
+def load_data(name: str = "digits", folder: str | Path | None = None, download: bool = True, image_size: int = 32) -> ImageData:
+    """The data set "digits", "cifar10", "cifar100", or a folder of images (one sub-folder a class; its path as `name`).
+
+    `folder`: where CIFAR lies or is downloaded to (`data_folder`); `download=False` never uses the network;
+    `image_size`: side to which a folder's images are scaled. Raises DataError with the remedy where it cannot be had.
+
+    >>> digits = load_data("digits")
+    >>> digits.shape, len(digits.train), len(digits.validation), len(digits.test)
+    ((1, 8, 8), 1293, 144, 360)
+    """
+    if name == "digits":
+        images, labels, classes = _digits()
+        fit, test = stratified_split(labels, 0.2)
+        return _assemble(name, images[fit], labels[fit], images[test], labels[test], classes)
+    if name in ("cifar10", "cifar100"):
+        return _assemble(name, *_cifar(name, data_folder(folder), download))
+    if Path(name).exists():
+        return _image_folder(Path(name), image_size)
+    raise DataError(f"data set {name!r} is unknown: choose 'digits', 'cifar10', 'cifar100' or the path of a folder of images")
+
+
+def stratified_split(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Indices (rest, picked): `share` of every class picked with a fixed seed, both in ascending order."""
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    picked = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = members[torch.randperm(len(members), generator=generator)]
+        picked.append(order[: max(1, round(share * len(members)))])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat(picked)] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def _assemble(
+    name: str, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, classes: list[str]
+) -> ImageData:
+    fit, held_out = stratified_split(labels, VALIDATION_SHARE.get(name, 0.1))
+    train = Split(images[fit], labels[fit])
+    pixels = train.images.transpose(0, 1).flatten(1).double() / 255
+    mean, std = pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+    return ImageData(
+        name,
+        train,
+        Split(images[held_out], labels[held_out]),
+        Split(test_images, test_labels),
+        tuple(classes),
+        tuple(round(m, 4) for m in mean.tolist()),
+        tuple(round(s, 4) for s in std.tolist()),
+    )
+
+
+def _digits() -> tuple[Tensor, Tensor, list[str]]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(np.rint(found.images * (255 / 16)).astype(np.uint8))[:, None]
+    return images, torch.from_numpy(found.target).long(), [str(n) for n in found.target_names]
+
+
+def _cifar(name: str, root: Path, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    parts: list[Any] = []
+    for train in (True, False):
+        try:
+            found = kind(str(root), train=train, download=False)
+        except RuntimeError as missing:  # torchvision: absent or its md5 is wrong
+            if not download:
+                raise DataError(
+                    f"{name} is not in {root} (or its md5 is wrong): run `micelab data {name} --data {root}` once, with network"
+                ) from missing
+            found = _download(kind, name, root, train)
+        except (EOFError, OSError, ValueError) as damaged:
+            raise DataError(f"{name} in {root} cannot be read ({damaged}): delete its folder and download it again") from damaged
+        parts += [torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)]
+    return (*parts, list(found.classes))  # type: ignore[return-value]
+
+
+def _download(kind: type, name: str, root: Path, train: bool) -> Any:
+    from urllib.error import URLError
+
+    if not os.access(_first_existing(root), os.W_OK):
+        raise DataError(f"the data folder {root} cannot be written: choose another with --data or $MICELAB_DATA")
+    try:
+        return kind(str(root), train=train, download=True)
+    except URLError as error:
+        raise DataError(
+            f"{name} is not in {root} and could not be downloaded ({error.reason}): check the network, or put the official "
+            f"files there by hand, or use the embedded data set 'digits'"
+        ) from error
+    except PermissionError as error:
+        raise DataError(f"the data folder {root} cannot be written: choose another with --data or $MICELAB_DATA") from error
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"the download of {name} to {root} failed ({error}): delete what is there and try again") from error
+
+
+def _first_existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _first_existing(path.parent)
+
+
+def _image_folder(path: Path, size: int) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise DataError(f"{path} is a file: give a folder that holds one sub-folder of images for each class")
+    scale = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+    def read(root: Path) -> tuple[Tensor, Tensor, list[str]]:
+        try:
+            found = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise DataError(f"{root} holds no images to learn from: {error}".split(". Supported")[0]) from error
+        if len(found.classes) < 2:
+            raise DataError(f"{root} holds one class only ({found.classes[0]}): at least two sub-folders are needed")
+        images = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
+        for number, (file, _) in enumerate(found.samples):
+            try:
+                images[number] = scale(found.loader(file))
+            except (OSError, ValueError, SyntaxError) as error:
+                raise DataError(f"image {file} cannot be read ({error}): mend or remove it") from error
+        return images, torch.tensor(found.targets), found.classes
+
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        images, labels, classes = read(path / "train")
+        test_images, test_labels, test_classes = read(path / "test")
+        if classes != test_classes:
+            odd = sorted(set(classes) ^ set(test_classes))
+            raise DataError(f"{path}/train and {path}/test hold different classes: {', '.join(odd)} is in one only")
+    else:
+        images, labels, classes = read(path)
+        fit, test = stratified_split(labels, 0.2)
+        images, labels, test_images, test_labels = images[fit], labels[fit], images[test], labels[test]
+    if int(labels.bincount(minlength=len(classes)).min()) < 2:
+        few = classes[int(labels.bincount(minlength=len(classes)).argmin())]
+        raise DataError(f"class {few} in {path} has too few images to train and validate on: at least 3 are needed")
+    return _assemble(path.name, images, labels, test_images, test_labels, classes)
+
+
+def augmentation(name: Augmentation, size: int, flip: bool = True) -> v2.Transform | None:
+    """Random transform of one uint8 image [C, H + 2p, W + 2p] (padded beforehand, `padding_for`) to [C, H, W].
+
+    "standard": crop and mirror; "auto": the same with AutoAugment (CIFAR policy) and Cutout; "none": nothing.
+    """
+    if name == "none":
+        return None
+    if name not in ("standard", "auto"):
+        raise InputError(f"augmentation {name!r} is unknown: choose 'none', 'standard' or 'auto'")
+    steps: list[v2.Transform] = [v2.RandomCrop(size)] + [v2.RandomHorizontalFlip()] * flip
+    if name == "auto":
+        side = (0.25, 0.25) if size >= 16 else (0.1, 0.1)
+        steps += [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), v2.RandomErasing(p=1.0, scale=side, ratio=(1.0, 1.0))]
+    return v2.Compose(steps)
+
+
+def padding_for(size: int) -> int:
+    """Pixels added on each side before the random crop: 4 for 32x32, 1 for 8x8 (the field's custom, an eighth)."""
+    return size // 8
+
+
+class TrainingBatches:
+    """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
+
+    Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, augment: Augmentation, seed: int, flip: bool = True, rank: int = 0, world: int = 1
+    ):
+        if batch_size % world or not 1 <= batch_size <= len(split):
+            raise InputError(
+                f"batch size {batch_size} must be a multiple of the {world} processes and at most the {len(split)} training images"
+            )
+        size = split.images.shape[-1]
+        self.transform = augmentation(augment, size, flip)
+        self.images = v2.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
+        self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
+
+    def __len__(self) -> int:
+        return math.floor(len(self.labels) / self.batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
+        for step in range(first_step, len(self)):
+            torch.manual_seed(_mix(self.seed, epoch, step, self.rank))
+            picked = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+            images = self.images[picked]
+            if self.transform is not None:
+                images = torch.stack([self.transform(image) for image in images])
+            yield to_float(images), self.labels[picked]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers (NumPy's SeedSequence, which spreads close seeds far apart)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
