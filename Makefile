@@ -1,0 +1,50 @@
+# Everything a newcomer needs: `make lab`, `make test`, `make demo`. Wants python 3.11 or newer, and make.
+# What is installed is said once, in pyproject.toml; a stamp in .venv remembers which of its extras are there.
+
+PYTHON ?= python3
+DATA ?= $(or $(MICELAB_DATA),data)
+override DATA := $(abspath $(DATA))
+export MICELAB_DATA := $(DATA)
+
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: help lab test demo lint clean
+.SECONDARY:
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@echo "make TARGET [PYTHON=python3.12] [DATA=folder of the data sets]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab
+	$(BIN)/python -m jupyter lab notebooks
+
+test: lint  ## Set up, then check style and types, run all tests and re-run every notebook
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests micelab
+ifneq ($(NOTEBOOKS),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
+		--nbval-cell-timeout=300 notebooks
+endif
+
+demo: .venv/with-figures  ## Set up, then train, convert, simulate and explain a network on real digits
+	$(BIN)/python -m micelab demo
+
+lint: .venv/with-test  ## Set up, then check style and types only
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:  ## Remove .venv and caches; data, checkpoints and results stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find micelab tests notebooks benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+.venv/with-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "micelab needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1):" \
+			"install one and name it, as in: make $(or $(MAKECMDGOALS),lab) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
