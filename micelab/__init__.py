@@ -1,3 +1,43 @@
-"""micelab: see, learn and use the conversion of a trained neural network into a spiking one."""
+"""micelab: see, learn and use the conversion of a trained neural network into a spiking one.
+
+ann   = micelab.load("resnet20a-cifar10-qcfs")
+snn   = micelab.convert(ann, method="qcfs")
+run   = snn.simulate(images, time_steps=8)
+table = micelab.error_breakdown(ann, snn, images, time_steps=8)
+curve = micelab.accuracy_curve(snn, loader)
+"""
+
+from micelab import methods, neuron
+from micelab.activation import QuantClip, TrainableClip
+from micelab.checkpoint import load, save
+from micelab.convert import convert
+from micelab.data import load_data
+from micelab.errors import error_breakdown
+from micelab.exceptions import MicelabError
+from micelab.metrics import accuracy_curve, energy, lost_points
+from micelab.models import resnet20, small_cnn
+from micelab.network import SpikingNetwork
+from micelab.train import TrainConfig, train
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MicelabError",
+    "QuantClip",
+    "SpikingNetwork",
+    "TrainConfig",
+    "TrainableClip",
+    "accuracy_curve",
+    "convert",
+    "energy",
+    "error_breakdown",
+    "load",
+    "load_data",
+    "lost_points",
+    "methods",
+    "neuron",
+    "resnet20",
+    "save",
+    "small_cnn",
+    "train",
+]

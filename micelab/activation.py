@@ -67,7 +67,7 @@ class _QuantizeStraightThrough(torch.autograd.Function):
         theta = over_channels(log_theta.exp(), z)
         y = torch.floor((z * (levels / theta)).add_(0.5)).clamp_(0, levels).mul_(theta / levels)
         ctx.save_for_backward(z, y, theta)
-        ctx.per_channel = log_theta.dim() == 1
+        ctx.per_channel, ctx.dtype = log_theta.dim() == 1, log_theta.dtype
         return y
 
     @staticmethod
@@ -76,7 +76,7 @@ class _QuantizeStraightThrough(torch.autograd.Function):
         grad_z = grad * ((z > 0) & (z < theta))
         # d y/d theta = (y - gate*z)/theta, and d theta/d log_theta = theta
         dims = [d for d in range(z.dim()) if d != 1] if ctx.per_channel else list(range(z.dim()))
-        grad_log_theta = ((grad * y) - (grad_z * z)).sum(dims, dtype=torch.float32)
+        grad_log_theta = ((grad * y) - (grad_z * z)).sum(dims, dtype=ctx.dtype)
         return grad_z, grad_log_theta, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ from micelab.exceptions import CheckpointError, MicelabError
 
 def write_whole(path: Path, content: bytes) -> None:
     """Puts `content` at `path` in one step: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error}); what was there before is whole") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        why = error.strerror or error
+        raise CheckpointError(f"{path} could not be written ({why}); what was there before is whole") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:

@@ -39,10 +39,20 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = TrainConfig(
-        dataset=dataset, network=network or ("small_cnn" if dataset == "digits" else "resnet20"), kind=kind, width=width,
-        activation=activation, levels=levels if activation == "quant_clip" else None, theta=theta, epochs=epochs,
-        batch_size=batch_size, lr=lr, augment=augment, seed=seed,
-        precision=default_precision() if precision == "auto" else precision, compile=compile,
+        dataset=dataset,
+        network=network or ("small_cnn" if dataset == "digits" else "resnet20"),
+        kind=kind,
+        width=width,
+        activation=activation,
+        levels=levels if activation == "quant_clip" else None,
+        theta=theta,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        augment=augment,
+        seed=seed,
+        precision=default_precision() if precision == "auto" else precision,
+        compile=compile,
     )
     run(config, out, resume=resume, folder=data)
 

@@ -73,8 +73,11 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def data_folder(folder: str | Path | None = None) -> Path:
-    """`folder`, else $MICELAB_DATA, else data/ under the current folder."""
-    return Path(folder or os.environ.get("MICELAB_DATA") or "data")
+    """`folder`, else $MICELAB_DATA, else data/ under the current folder, or that of the checkout where there is none."""
+    if folder or os.environ.get("MICELAB_DATA"):
+        return Path(folder or os.environ["MICELAB_DATA"])
+    own = Path(__file__).parent.parent / "data"  # notebooks run one folder further down
+    return own if own.is_dir() and not Path("data").is_dir() else Path("data")
 
 
 def load_data(name: str = "digits", folder: str | Path | None = None, download: bool = True, image_size: int = 32) -> ImageData:
@@ -116,8 +119,7 @@ def _assemble(
 ) -> ImageData:
     fit, held_out = stratified_split(labels, VALIDATION_SHARE.get(name, 0.1))
     train = Split(images[fit], labels[fit])
-    pixels = train.images.transpose(0, 1).flatten(1).double() / 255
-    mean, std = pixels.mean(1), pixels.std(1).clamp(min=1e-3)
+    mean, std = mean_and_spread(train.images)
     return ImageData(
         name,
         train,
@@ -125,8 +127,21 @@ def _assemble(
         Split(test_images, test_labels),
         tuple(classes),
         tuple(round(m, 4) for m in mean.tolist()),
-        tuple(round(s, 4) for s in std.tolist()),
+        tuple(round(max(s, 1e-3), 4) for s in std.tolist()),
     )
+
+
+def mean_and_spread(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] in double, of images [N, C, H, W] uint8 read as [0, 1]; exact, from 256 counts a channel.
+
+    >>> mean_and_spread(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    (tensor([0.5000], dtype=torch.float64), tensor([0.7071], dtype=torch.float64))
+    """
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+    values, total = torch.arange(256, dtype=torch.float64) / 255, images[:, 0].numel()
+    mean = counts @ values / total
+    squares = (counts * (values - mean[:, None]) ** 2).sum(1)
+    return mean, (squares / max(total - 1, 1)).sqrt()
 
 
 def _digits() -> tuple[Tensor, Tensor, list[str]]:
@@ -158,6 +173,7 @@ def _cifar(name: str, root: Path, download: bool) -> tuple[Tensor, Tensor, Tenso
 
 
 def _download(kind: type, name: str, root: Path, train: bool) -> Any:
+    from http.client import HTTPException
     from urllib.error import URLError
 
     if not os.access(_first_existing(root), os.W_OK):
@@ -171,7 +187,7 @@ def _download(kind: type, name: str, root: Path, train: bool) -> Any:
         ) from error
     except PermissionError as error:
         raise DataError(f"the data folder {root} cannot be written: choose another with --data or $MICELAB_DATA") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         raise DataError(f"the download of {name} to {root} failed ({error}): delete what is there and try again") from error
 
 
@@ -250,7 +266,7 @@ class TrainingBatches:
     ):
         if batch_size % world or not 1 <= batch_size <= len(split):
             raise InputError(
-                f"batch size {batch_size} must be a multiple of the {world} processes and at most the {len(split)} training images"
+                f"batch size {batch_size} must be a multiple of the {world} processes, at most the {len(split)} training images"
             )
         size = split.images.shape[-1]
         self.transform = augmentation(augment, size, flip)

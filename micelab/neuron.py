@@ -7,7 +7,7 @@ Charge is conserved: theta*sum(s) + v(T) = theta*v0 + sum(I). Signed: a neuron t
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
@@ -27,34 +27,72 @@ def integrate_and_fire(
 
     Raises InputError where T < 1 or theta is not positive. Source: Rueckauer et al. 2017, eq. 4 (reset by subtraction).
     """
-    if current.dim() < 1 or current.shape[0] < 1:
-        raise InputError("current has no time-step: its first dimension, T, must be at least 1")
+    if current.dim() < 2 or current.shape[0] < 1:
+        raise InputError(f"current has shape {tuple(current.shape)}: it must be [T, N, ...] with at least one time-step")
     spikes = torch.empty_like(current)
-    residual = step_through(current, theta, v0, signed, spikes)
+    _, residual = fire(current, check_theta(theta), v0, signed, out=spikes)
     return spikes, residual
 
 
-def step_through(
-    current: Tensor, theta: Tensor | float, v0: Tensor | float, signed: bool, out: Tensor, amplitude: bool = False
-) -> Tensor:
-    """Writes the spikes into `out` [T, N, ...] step by step, in place, and gives back the residual [N, ...].
+def check_theta(theta: Tensor | float, layer: str = "") -> Tensor:
+    """`theta` as a tensor if it is finite and above 0; raises InputError naming the layer otherwise."""
+    theta = torch.as_tensor(theta, dtype=torch.get_default_dtype()) if not isinstance(theta, Tensor) else theta
+    if not bool(((theta > 0) & torch.isfinite(theta)).all()):
+        where = f"layer `{layer}`: " if layer else ""
+        raise InputError(f"{where}theta holds {float(theta.min()):.4g}: a firing threshold must be finite and above 0")
+    return theta
 
-    The one time loop of micelab: every simulation runs through it. With `amplitude`, theta*s(t) is written instead
-    of s(t): what the next layer receives.
+
+def fire(
+    current: Tensor,
+    theta: Tensor,
+    v0: Tensor | float,
+    signed: bool,
+    out: Tensor,
+    amplitude: bool = False,
+    count: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """Writes the spikes of every step into `out` [T, N, ...]; gives back (count or None, residual), both [N, ...].
+
+    The one time loop of micelab: every simulation runs through it. `out` may be `current` itself. With `amplitude`,
+    theta*s(t) is written, what the next layer receives; with `count`, spikes are summed over time.
     """
     theta = over_channels(theta, current, channel_dim=2)
-    if not bool((theta > 0).all()):  # False for NaN too
-        raise InputError(f"theta holds {float(theta.min()):.4g}: a firing threshold must be above 0")
     v = torch.empty_like(current[0]).copy_((over_channels(v0, current, channel_dim=2) * theta).expand_as(current[0]))
-    fired = torch.zeros_like(v) if signed else None
+    fired = torch.zeros_like(v) if signed or count else None
     for t in range(current.shape[0]):
         v += current[t]
         spike = torch.ge(v, theta, out=out[t])
-        if fired is not None:
+        if signed:
             spike -= (v < 0) & (fired > 0)
+        if fired is not None:
             fired += spike
         if amplitude:
             v -= spike.mul_(theta)
         else:
             v -= spike * theta
-    return v
+    return fired, v
+
+
+class IntegrateFire(nn.Module):
+    """A layer of integrate-and-fire neurons: holds `theta` and `v0` (scalar or [C]) as buffers, so they are in `state_dict`."""
+
+    theta: Tensor
+    v0: Tensor
+
+    def __init__(self, theta: Tensor | float, v0: Tensor | float = 0.5, signed: bool = False, layer: str = ""):
+        super().__init__()
+        self.register_buffer("theta", check_theta(theta, layer).detach().clone().float())
+        self.register_buffer("v0", torch.as_tensor(v0, dtype=torch.float32).detach().clone().to(self.theta.device))
+        self.signed = signed
+
+    def forward(self, current: Tensor) -> Tensor:
+        """theta*s(t), [T, N, ...], for currents [T, N, ...]."""
+        out = torch.empty_like(current)
+        fire(current, self.theta, self.v0, self.signed, out, amplitude=True)
+        return out
+
+    def extra_repr(self) -> str:
+        theta = f"theta={self.theta.item():.3g}" if self.theta.dim() == 0 else f"channels={len(self.theta)}"
+        v0 = f"v0={self.v0.item():.3g}" if self.v0.dim() == 0 else "v0 per channel"
+        return f"{theta}, {v0}" + (", signed" if self.signed else "")

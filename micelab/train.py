@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +25,11 @@ from torch.nn import functional as F
 from micelab import checkpoint, models
 from micelab.data import Augmentation, ImageData, Split, TrainingBatches, data_folder, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
+from micelab.machine import default_precision as default_precision
+from micelab.machine import machine
 
 log = logging.getLogger(__name__)
+_COUNTERS = ("epoch", "step", "sums", "seconds")
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,6 @@ class TrainConfig:
         return models.build(spec)
 
 
-def default_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
-    """"bf16" where the machine multiplies it natively (AVX-512 BF16 or AMX; CUDA from Ampere on), else "fp32"."""
-    if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
 def train(
     config: TrainConfig,
     out: str | Path,
@@ -138,7 +133,7 @@ class _Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
-        self.model = config.build(data).to(accelerator.device, memory_format=torch.channels_last)
+        self.model = config.build(data).to(accelerator.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.wrapped = accelerator.prepare_model(self.model)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -157,7 +152,7 @@ class _Run:
     def rate(self) -> float:
         """Learning rate of the coming step: linear warm-up, then a cosine to zero."""
         config, done = self.config, self.epoch * len(self.batches) + self.step
-        warm = config.warmup_epochs * len(self.batches)
+        warm = min(config.warmup_epochs, config.epochs / 2) * len(self.batches)
         if done < warm:
             return config.lr * (done + 1) / warm
         return config.lr * 0.5 * (1 + math.cos(math.pi * (done - warm) / (config.epochs * len(self.batches) - warm)))
@@ -172,7 +167,7 @@ class _Run:
             initial=self.step * self.config.batch_size,
             desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
             unit=" images",
-            disable=not progress,
+            disable=None if progress else True,  # None: only where a person is watching
             leave=False,
             mininterval=1.0,
         )
@@ -196,12 +191,14 @@ class _Run:
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        here = torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum(), torch.tensor(float(len(labels)))])
-        here = self.accelerator.reduce(here.to(images.device), "sum").tolist()
+        here = torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
+        here = self.accelerator.reduce(here, "sum").tolist()
         if not math.isfinite(here[0]):
+            state = self.out / "state.safetensors"
+            kept = f"the last good state is kept in {state}" if state.exists() else "no epoch was finished before"
             raise TrainingError(
-                f"the loss is {here[0]} in epoch {self.epoch + 1}, step {self.step + 1}: training has diverged; the last good state "
-                f"is {self.out / 'state.safetensors'}. Lower --lr (now {config.lr}) or raise --theta (now {config.theta})"
+                f"the loss is {here[0]} in epoch {self.epoch + 1}, step {self.step + 1}: training has diverged; {kept}. "
+                f"Lower --lr (now {config.lr}) or raise --theta (now {config.theta})"
             )
         self.optimizer.step()
         self.sums = [a + b for a, b in zip(self.sums, here, strict=True)]
@@ -250,7 +247,7 @@ class _Run:
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{name}"] = momentum
-        words = {"config": asdict(self.config), "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds}
+        words = {"config": asdict(self.config)} | {name: getattr(self, name) for name in _COUNTERS}
         checkpoint.write_tensors(self.out / "state.safetensors", tensors, words)
 
     def read_state(self) -> None:
@@ -259,16 +256,17 @@ class _Run:
             raise CheckpointError(f"{self.out} holds no run to resume: start it without --resume")
         tensors, words = checkpoint.read_tensors(path)
         was, now = words["config"], asdict(self.config)
-        differ = [f"{f.name} was {was.get(f.name)!r}, is {now[f.name]!r}" for f in fields(self.config) if was.get(f.name) != now[f.name]]
+        differ = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in now if was.get(name) != now[name]]
         if differ:
-            raise InputError(f"the run in {self.out} was started with other options: {'; '.join(differ)}. Resume with the same ones")
+            raise InputError(f"{self.out} was started with other options: {'; '.join(differ)}. Resume with the same ones")
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_weights(self.model, weights, path)
         for name, parameter in self.model.named_parameters():
             if f"momentum.{name}" in tensors:
                 momentum = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(tensors[f"momentum.{name}"])
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum
-        self.epoch, self.step, self.sums, self.seconds = (words[k] for k in ("epoch", "step", "sums", "seconds"))
+        for name in _COUNTERS:
+            setattr(self, name, words[name])
 
     def card(self, command: str, folder: Path) -> dict[str, Any]:
         history = self.history()
@@ -295,20 +293,6 @@ def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu")
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
     model.train(was)
     return right / len(split)
-
-
-def machine() -> str:
-    """Processor or GPU, thread count and torch version of this process: what a number should carry."""
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    return platform.processor() or platform.machine()
 
 
 @contextmanager

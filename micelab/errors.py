@@ -1,0 +1,228 @@
+"""The three errors of conversion as one exact sum, neuron by neuron (docs/errors.md):
+
+    phi - relu(z_ann) = [phi - Q(zbar)]                      timing
+                      + [Q(zbar) - clip(zbar, 0, theta)]     quantization
+                      + [clip(zbar, 0, theta) - relu(zbar)]  clipping
+                      + [relu(zbar) - relu(z_ann)]           inherited from the layers before
+
+phi is the rate theta*n/T of the spiking neuron, zbar its mean input current, z_ann the same neuron's input in the ANN and
+Q(z) = theta*clip(floor(T*z/theta + v0), 0, T)/T the rate of a neuron whose current is constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from micelab.activation import TrainableClip, clip, over_channels, quantize
+from micelab.exceptions import InputError
+from micelab.graph import LayerRunner, activations, check_images, trace
+from micelab.network import LayerRun, SpikingNetwork
+
+KINDS = ("timing", "quantization", "clipping", "inherited")
+"""The four terms, in the order in which every table and figure shows them."""
+
+
+def split_error(
+    rate: Tensor, mean_current: Tensor, z_ann: Tensor, theta: Tensor | float, v0: Tensor | float, time_steps: int
+) -> dict[str, Tensor]:
+    """The four terms and their "total", each [N, ...] in activation units, of one layer.
+
+    rate, mean_current: phi and zbar of the spiking layer; z_ann: the ANN's input of the same neurons; theta, v0: scalar
+    or [C]. A neuron that sits exactly on a step of Q may count one step more or less by rounding of zbar.
+
+    >>> terms = split_error(torch.tensor([[0.5]]), torch.tensor([[0.8]]), torch.tensor([[0.9]]), 1.0, 0.5, time_steps=4)
+    >>> {kind: round(term.item(), 3) for kind, term in terms.items()}
+    {'timing': -0.25, 'quantization': -0.05, 'clipping': 0.0, 'inherited': -0.1, 'total': -0.4}
+    """
+    theta, v0 = (
+        torch.as_tensor(theta, dtype=rate.dtype, device=rate.device),
+        torch.as_tensor(v0, dtype=rate.dtype, device=rate.device),
+    )
+    staircase = quantize(mean_current, theta, time_steps, v0)
+    clipped = clip(mean_current, theta)
+    positive, ann = mean_current.clamp(min=0), z_ann.clamp(min=0)
+    return {
+        "timing": rate - staircase,
+        "quantization": staircase - clipped,
+        "clipping": clipped - positive,
+        "inherited": positive - ann,
+        "total": rate - ann,
+    }
+
+
+@dataclass(frozen=True)
+class Term:
+    """One error term over all neurons and images of a layer, in activation units."""
+
+    mean: float
+    mean_abs: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """The terms of one layer; `signal` is the root-mean-square of relu(z_ann), the yardstick; shares are in [0, 1].
+
+    over_firing: neurons that fired more often than their mean current asks for (v(T) < 0 after a spike); under_firing:
+    less often (v(T) >= theta, not saturated); saturated: fired at every step. trained_clip: the ANN clips at this very
+    theta itself, so its accuracy already includes the clipping error.
+    """
+
+    timing: Term
+    quantization: Term
+    clipping: Term
+    inherited: Term
+    total: Term
+    signal: float
+    over_firing: float
+    under_firing: float
+    saturated: float
+    theta: float
+    trained_clip: bool = False
+
+    @property
+    def relative(self) -> float:
+        """rms of the total over the signal: 0 is perfect, 1 as wrong as silence."""
+        return self.total.rms / self.signal if self.signal else 0.0
+
+    def own(self) -> dict[str, float]:
+        """Mean square of the errors that arise in this layer and that the ANN was not trained with."""
+        kinds = KINDS[:2] if self.trained_clip else KINDS[:3]
+        return {kind: getattr(self, kind).rms ** 2 for kind in kinds}
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """The errors of every spiking layer, input to output, over `images` images at `time_steps` steps."""
+
+    layers: dict[str, LayerErrors]
+    time_steps: int
+    images: int
+    method: str
+
+    def words(self) -> str:
+        """What the table says, in plain words: which layer loses most, to which error, and what helps."""
+        return _words(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and names."""
+        return asdict(self)
+
+
+def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterable[Any], time_steps: int = 8) -> ErrorTable:
+    """The four error terms of every layer of `snn` against `ann`, for images [N, C, H, W] in [0, 1] or batches of them.
+
+    Images go through in chunks, sums are kept in float64. Raises InputError where the networks' layers do not match.
+
+    >>> import micelab
+    >>> ann = micelab.small_cnn(activation="quant_clip")
+    >>> table = micelab.error_breakdown(ann, micelab.convert(ann, "qcfs"), torch.rand(4, 1, 8, 8), time_steps=1)
+    >>> table.layers["stem.2"].timing.rms  # one step has no order
+    0.0
+    """
+    collector = _InputCollector(trace(ann))
+    if list(collector.activations) != list(snn.neurons):
+        raise InputError(
+            f"the networks do not match: the ANN's activations are {', '.join(collector.activations)}, the spiking layers "
+            f"{', '.join(snn.neurons)}; convert this very ANN"
+        )
+    sums: dict[str, _Sums] = {name: _Sums() for name in snn.neurons}
+    batches = [images] if isinstance(images, Tensor) else (b[0] if isinstance(b, (tuple, list)) else b for b in images)
+    seen = 0
+    for batch in batches:
+        for part, run in snn.stream(check_images(batch), time_steps):
+            with torch.inference_mode():
+                collector.run(part)
+                for name, layer in run.layers.items():
+                    sums[name].add(layer, collector.inputs[name])
+            seen += len(part)
+    layers = {name: total.errors(_clips_alike(collector.activations[name], snn.neurons[name])) for name, total in sums.items()}
+    return ErrorTable(layers, time_steps, seen, snn.method)
+
+
+class _InputCollector(LayerRunner):
+    """Runs the ANN and keeps the input z of every activation."""
+
+    def __init__(self, traced: Any):
+        super().__init__(traced)
+        self.activations = activations(traced)
+        self.inputs: dict[str, Tensor] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.inputs[name] = z
+        return module(z)
+
+
+class _Sums:
+    """Running sums of one layer, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.terms = {kind: [0.0, 0.0, 0.0] for kind in (*KINDS, "total")}
+        self.signal, self.shares, self.neurons, self.theta = 0.0, [0, 0, 0], 0, 0.0
+
+    def add(self, run: LayerRun, z_ann: Tensor) -> None:
+        terms = split_error(run.rate, run.mean_current, z_ann, run.theta, run.v0, run.time_steps)
+        for kind, term in terms.items():
+            term = term.double()
+            sums = (term.sum(), term.abs().sum(), term.square().sum())
+            self.terms[kind] = [a + float(b) for a, b in zip(self.terms[kind], sums, strict=True)]
+        theta = over_channels(run.theta, run.residual)
+        saturated = run.count >= run.time_steps
+        flags = ((run.residual < 0) & (run.count > 0), (run.residual >= theta) & ~saturated, saturated)
+        self.shares = [a + int(flag.sum()) for a, flag in zip(self.shares, flags, strict=True)]
+        self.signal += float(z_ann.clamp(min=0).double().square().sum())
+        self.neurons += z_ann.numel()
+        self.theta = float(run.theta.mean())
+
+    def errors(self, trained_clip: bool) -> LayerErrors:
+        n = max(1, self.neurons)
+        terms = {kind: Term(s[0] / n, s[1] / n, (s[2] / n) ** 0.5) for kind, s in self.terms.items()}
+        over, under, saturated = (share / n for share in self.shares)
+        signal = (self.signal / n) ** 0.5
+        return LayerErrors(
+            **terms,
+            signal=signal,
+            over_firing=over,
+            under_firing=under,
+            saturated=saturated,
+            theta=self.theta,
+            trained_clip=trained_clip,
+        )
+
+
+def _clips_alike(activation: nn.Module, neuron: nn.Module) -> bool:
+    return isinstance(activation, TrainableClip) and torch.allclose(activation.theta, neuron.theta)
+
+
+_HELP = {
+    "timing": "more time-steps, a start at v0 = 1/2, signed spikes, or training with the spikes in the loop",
+    "quantization": "more time-steps, a smaller threshold, or training with quantized activations (QCFS)",
+    "clipping": "a larger threshold (a higher percentile), or training with a clip (TCL, QCFS)",
+}
+
+
+def _words(table: ErrorTable) -> str:
+    own = {name: sum(layer.own().values()) / layer.signal**2 for name, layer in table.layers.items() if layer.signal}
+    if not own or max(own.values()) == 0:
+        return f"At T = {table.time_steps} the spiking network says exactly what the ANN says, in every layer."
+    worst = max(own, key=lambda name: own[name])
+    layer = table.layers[worst]
+    kind = max(layer.own(), key=lambda k: layer.own()[k])
+    share = layer.own()[kind] / sum(layer.own().values())
+    last, end = list(table.layers.items())[-1]
+    lines = [
+        f"At T = {table.time_steps}, layer `{worst}` adds the most error of its own: {100 * own[worst] ** 0.5:.0f} % of its signal, "
+        f"{100 * share:.0f} % of that (in squares) by {kind}.",
+        f"There {100 * layer.over_firing:.1f} % of the neurons over-fire, {100 * layer.under_firing:.1f} % under-fire and "
+        f"{100 * layer.saturated:.1f} % are saturated."
+        + (" Clipping is left out: the ANN was trained with the same bound." if layer.trained_clip else ""),
+        f"What helps against {kind}: {_HELP[kind]}.",
+        f"At the last spiking layer, `{last}`, the error has grown to {100 * end.relative:.0f} % of the signal"
+        + (f", {100 * min(1.0, end.inherited.rms / end.total.rms):.0f} % as large inherited." if end.total.rms else "."),
+    ]
+    return "\n".join(lines)

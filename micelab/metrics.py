@@ -1,0 +1,261 @@
+"""What a conversion is worth: accuracy over time, points lost to each error, spikes, synaptic operations and energy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from micelab.activation import clip, quantize
+from micelab.exceptions import InputError
+from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, trace
+from micelab.network import SpikingNetwork
+
+PICOJOULE_PER_MAC = 4.6
+PICOJOULE_PER_AC = 0.9
+ENERGY_ASSUMPTIONS = (
+    "Energy: 4.6 pJ a 32-bit multiply-accumulate, 0.9 pJ an accumulate (45 nm CMOS; M. Horowitz, ISSCC 2014). Counted are the "
+    "arithmetic operations of convolutions, linear layers and shortcuts alone: no memory traffic, no neuron updates, no leakage. "
+    "The first layer sees real-valued images, constant over time, and counts as multiply-accumulates once. A spike costs one "
+    "accumulate for each weight it meets, image borders included."
+)
+
+
+@dataclass(frozen=True)
+class AccuracyCurve:
+    """Accuracy in [0, 1] after each of `time_steps`; `true_steps` adds the steps that the method hides."""
+
+    time_steps: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    images: int
+    method: str
+    hidden_steps: int = 0
+
+    @property
+    def true_steps(self) -> tuple[int, ...]:
+        """T + hidden steps."""
+        return tuple(steps + self.hidden_steps for steps in self.time_steps)
+
+    def at(self, time_steps: int) -> float:
+        """Accuracy after so many steps."""
+        return self.accuracy[self.time_steps.index(time_steps)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and names."""
+        return asdict(self) | {"true_steps": self.true_steps}
+
+
+def accuracy_curve(
+    snn: SpikingNetwork, loader: Iterable[tuple[Tensor, Tensor]], time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32)
+) -> AccuracyCurve:
+    """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
+
+    One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later.
+    """
+    wanted = tuple(sorted(set(time_steps)))
+    if not wanted or wanted[0] < 1:
+        raise InputError(f"time_steps is {tuple(time_steps)}: give numbers of at least 1")
+    right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
+    for images, labels in loader:
+        predictions = snn.simulate(images, wanted[-1], record=False).predictions[[t - 1 for t in wanted]]
+        right += (predictions == labels.to(predictions.device)).sum(1).cpu()
+        seen += len(labels)
+    if not seen:
+        raise InputError("the loader gave no images: give batches of (images, labels)")
+    return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps)
+
+
+@dataclass(frozen=True)
+class LostPoints:
+    """Accuracy in [0, 1] of the ANN, of the network with clipping alone, with clipping and quantization, and of the SNN.
+
+    The differences are the points lost to each error; they sum to the whole loss. Negative: the error happens to help.
+    """
+
+    ann: float
+    clipped: float
+    quantized: float
+    snn: float
+    time_steps: int
+    images: int
+
+    @property
+    def clipping(self) -> float:
+        """Lost to activations above theta."""
+        return self.ann - self.clipped
+
+    @property
+    def quantization(self) -> float:
+        """Lost to the staircase of T steps."""
+        return self.clipped - self.quantized
+
+    @property
+    def timing(self) -> float:
+        """Lost to the order in which spikes arrive."""
+        return self.quantized - self.snn
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers."""
+        return asdict(self) | {kind: getattr(self, kind) for kind in ("clipping", "quantization", "timing")}
+
+
+def lost_points(ann: nn.Module, snn: SpikingNetwork, loader: Iterable[tuple[Tensor, Tensor]], time_steps: int = 8) -> LostPoints:
+    """Why the accuracy falls from ANN to SNN: three networks in between, each with one error more than the last.
+
+    The clipped network limits every activation to [0, theta]; the quantized one puts it on Q, the staircase of `time_steps`
+    steps; the SNN adds the order of spikes.
+    """
+    runners = [LayerRunner(trace(ann)), _Substitute(snn, None), _Substitute(snn, time_steps)]
+    right, seen = [0, 0, 0, 0], 0
+    for images, labels in loader:
+        with torch.inference_mode():
+            logits = [runner.run(images) for runner in runners]
+        logits.append(snn.simulate(images, time_steps, record=False).logits[-1])
+        right = [r + int((out.argmax(1) == labels).sum()) for r, out in zip(right, logits, strict=True)]
+        seen += len(labels)
+    if not seen:
+        raise InputError("the loader gave no images: give batches of (images, labels)")
+    return LostPoints(*(r / seen for r in right), time_steps=time_steps, images=seen)
+
+
+class _Substitute(LayerRunner):
+    """The spiking network with every neuron replaced by its clip (levels None) or its staircase."""
+
+    def __init__(self, snn: SpikingNetwork, levels: int | None):
+        super().__init__(snn.layers)
+        self.levels = levels
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        return clip(z, module.theta) if self.levels is None else quantize(z, module.theta, self.levels, module.v0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a network and multiply-accumulates for one image."""
+
+    parameters: int
+    macs: int
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.macs / 1e6:.1f} M multiply-accumulates an image"
+
+
+def size(model: nn.Module, shape: Sequence[int]) -> Size:
+    """Parameters and multiply-accumulates of `model` for one image of `shape` (C, H, W).
+
+    >>> import micelab
+    >>> str(size(micelab.resnet20(), (3, 32, 32)))
+    '272,282 parameters, 40.8 M multiply-accumulates an image'
+    """
+    meter = _Meter(trace(model))
+    first = next(model.parameters())
+    with torch.inference_mode():
+        meter.run(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+    return Size(sum(p.numel() for p in model.parameters()), sum(meter.macs.values()))
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Operations and energy of one image, ANN and SNN side by side; `synaptic_operations` counts accumulates by spikes."""
+
+    time_steps: int
+    ann_macs: float
+    snn_macs: float
+    synaptic_operations: float
+    spikes: float
+    spike_rates: dict[str, float]
+
+    @property
+    def ann_microjoule(self) -> float:
+        """Energy of one image through the ANN."""
+        return self.ann_macs * PICOJOULE_PER_MAC * 1e-6
+
+    @property
+    def snn_microjoule(self) -> float:
+        """Energy of one image through the SNN in T steps."""
+        return (self.snn_macs * PICOJOULE_PER_MAC + self.synaptic_operations * PICOJOULE_PER_AC) * 1e-6
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, with the assumptions."""
+        return asdict(self) | {
+            "ann_microjoule": self.ann_microjoule,
+            "snn_microjoule": self.snn_microjoule,
+            "assumptions": ENERGY_ASSUMPTIONS,
+        }
+
+
+def energy(snn: SpikingNetwork, images: Tensor, time_steps: int = 8) -> Energy:
+    """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them."""
+    meter = _Meter(snn.layers)
+    with torch.inference_mode():
+        meter.run(images[:1])
+    sent: dict[str, float] = dict.fromkeys(snn.neurons, 0.0)
+    for _, run in snn.stream(images, time_steps):
+        for name, layer in run.layers.items():
+            sent[name] += float(layer.count.double().sum())
+    spikes = {name: total / len(images) for name, total in sent.items()}
+    macs, operations = 0.0, 0.0
+    for node, cost in meter.macs.items():
+        sources = spike_sources(snn.layers, node.all_input_nodes[0])
+        if sources is None:  # driven by the constant image: once
+            macs += cost
+        elif not sources:  # weights behind weights: real-valued at every step
+            macs += cost * time_steps
+        else:
+            operations += sum(spikes[source] for source in sources) * cost / meter.inputs[node]
+    operations += sum(spikes[source] for source in _shortcut_sources(snn.layers))
+    rates = {name: spikes[name] / (meter.neurons[name] * time_steps) for name in spikes}
+    return Energy(time_steps, float(sum(meter.macs.values())), macs, operations, sum(spikes.values()), rates)
+
+
+def spike_sources(layers: fx.GraphModule, node: fx.Node) -> list[str] | None:
+    """The spiking layers whose spikes reach `node` without passing weights; [] behind weights, None where only images do."""
+    if is_activation(layers, node):
+        return [str(node.target)]
+    if node.op == "placeholder":
+        return None
+    found = [spike_sources(layers, source) for source in node.all_input_nodes]
+    spiking = [names for names in found if names is not None]
+    if not spiking:
+        return None
+    weighted = node.op == "call_module" and isinstance(layers.get_submodule(str(node.target)), WEIGHTED)
+    return [] if weighted else [name for names in spiking for name in names]
+
+
+def _shortcut_sources(layers: fx.GraphModule) -> list[str]:
+    """Spiking layers whose spikes are added to a membrane directly, by a shortcut without weights."""
+    from micelab.graph import ADD_CALLS
+
+    adds = [node for node in layers.graph.nodes if node.op in ("call_function", "call_method") and node.target in ADD_CALLS]
+    return [name for add in adds for source in add.all_input_nodes for name in spike_sources(layers, source) or []]
+
+
+class _Meter(LayerRunner):
+    """Runs one image and counts multiply-accumulates and inputs of every weighted layer, and every layer's neurons."""
+
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.macs: dict[fx.Node, int] = {}
+        self.inputs: dict[fx.Node, int] = {}
+        self.neurons: dict[str, int] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.neurons[name] = z.numel()
+        return z.clamp(min=0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
+        out = super().run_node(n)
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, WEIGHTED) and isinstance(before, Tensor):
+            self.inputs[n] = before.numel()
+            if isinstance(module, TRANSPOSED):
+                self.macs[n] = before.numel() * module.weight[0].numel()
+            elif isinstance(module, CONVOLUTIONS):
+                self.macs[n] = out.numel() * module.weight[0].numel()
+            else:
+                self.macs[n] = out.numel() * module.in_features
+        return out

@@ -1,0 +1,218 @@
+"""The spiking network: T steps are simulated layer by layer, with time folded into the batch.
+
+Layer by layer is exact, since no information flows from a later layer to an earlier one: a layer's spikes of all T steps
+are made at once, [T*N, C, H, W] for its convolution, [T, N, C, H, W] for its neurons. What the images alone decide (the
+first convolution) is computed once, not T times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from micelab.exceptions import InputError
+from micelab.graph import LayerRunner, activations, check_images, is_activation
+from micelab.neuron import IntegrateFire, fire
+
+CACHE_BUDGET = 4 * 2**20
+"""Bytes that the largest layer's activations of one chunk may take on a CPU: a chunk that spills the cache loses a third."""
+
+DEVICE_BUDGET = 512 * 2**20
+"""The same on an accelerator, where large chunks are what keeps it busy."""
+
+
+@dataclass
+class LayerRun:
+    """What one spiking layer did: tensors [N, ...]; theta, v0 as in the layer; T = `time_steps`."""
+
+    count: Tensor
+    residual: Tensor
+    mean_current: Tensor
+    theta: Tensor
+    v0: Tensor
+    time_steps: int
+    spikes: Tensor | None = None
+
+    @property
+    def rate(self) -> Tensor:
+        """theta*n/T in activation units, [N, ...]: what the layer says."""
+        return self.count * self._theta() / self.time_steps
+
+    @property
+    def spike_rate(self) -> float:
+        """Spikes per neuron and step, mean over neurons and images (a taken-back spike counts as one less)."""
+        return float(self.count.double().mean()) / self.time_steps
+
+    def _theta(self) -> Tensor:
+        return self.theta.view(-1, *[1] * (self.count.dim() - 2)) if self.theta.dim() else self.theta
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summary in plain numbers."""
+        return {
+            "theta": self.theta.tolist(),
+            "v0": self.v0.tolist(),
+            "spike_rate": self.spike_rate,
+            "mean_residual": float(self.residual.mean()),
+            "mean_current": float(self.mean_current.mean()),
+        }
+
+
+@dataclass
+class SimulationRun:
+    """`logits` [T, N, classes], the running mean over time; `layers` from input to output, named as in the ANN."""
+
+    logits: Tensor
+    layers: dict[str, LayerRun]
+
+    @property
+    def predictions(self) -> Tensor:
+        """Class after every step, [T, N]."""
+        return self.logits.argmax(-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summary in plain numbers."""
+        return {"logits": self.logits.tolist(), "layers": {name: run.to_dict() for name, run in self.layers.items()}}
+
+
+class SpikingNetwork(nn.Module):
+    """A converted network: `simulate` runs T steps and keeps what every layer did, calling it gives the last mean logits.
+
+    An ordinary module: `.to(device)`, `copy.deepcopy`, and `state_dict` (weights, thresholds and initial potentials).
+    `method` and `hidden_steps` say how it was made and how many steps it spends beyond T.
+    """
+
+    def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
+        super().__init__()
+        self.layers = layers
+        self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
+        self._largest: dict[tuple[int, ...], int] = {}
+
+    @property
+    def neurons(self) -> dict[str, IntegrateFire]:
+        """The spiking layers by name, from input to output."""
+        return activations(self.layers)  # type: ignore[return-value]
+
+    def forward(self, images: Tensor, time_steps: int | None = None) -> Tensor:
+        """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
+        return self.simulate(images, time_steps or self.time_steps, record=False).logits[-1]
+
+    def simulate(
+        self, images: Tensor, time_steps: int = 8, record: bool = True, spikes: bool = False, chunk: int | None = None
+    ) -> SimulationRun:
+        """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
+
+        `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
+        through at a time (default: as many as fit the cache or the device budget), which does not change the result.
+        """
+        images = self._check(images, time_steps)
+        parts = [
+            self._simulate(part, time_steps, record or spikes, spikes)
+            for part in images.split(chunk or self.chunk(images, time_steps))
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        layers = {name: _join([part.layers[name] for part in parts]) for name in parts[0].layers}
+        return SimulationRun(torch.cat([part.logits for part in parts], 1), layers)
+
+    def stream(self, images: Tensor, time_steps: int, spikes: bool = False) -> Iterator[tuple[Tensor, SimulationRun]]:
+        """(images, run) chunk by chunk, so that what is kept stays small for any number of images."""
+        images = self._check(images, time_steps)
+        for part in images.split(self.chunk(images, time_steps)):
+            yield part, self._simulate(part, time_steps, True, spikes)
+
+    def chunk(self, images: Tensor, time_steps: int) -> int:
+        """How many images go through at a time: the largest layer's T steps of them fill the budget, one at the least."""
+        shape = tuple(images.shape[1:])
+        if shape not in self._largest:
+            probe = _Probe(self.layers)
+            with torch.inference_mode():
+                probe.run(images[:1])
+            self._largest[shape] = probe.largest
+        budget = CACHE_BUDGET if images.device.type == "cpu" else DEVICE_BUDGET
+        return max(1, budget // (self._largest[shape] * images.element_size() * time_steps))
+
+    def _check(self, images: Tensor, time_steps: int) -> Tensor:
+        if not isinstance(time_steps, int) or time_steps < 1:
+            raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
+        images = check_images(images)
+        own = next(self.layers.parameters())
+        if images.device != own.device:
+            raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
+        images = images.to(own.dtype)
+        return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
+        with torch.inference_mode():
+            runner = _TimeFolded(self.layers, time_steps, len(images), record, spikes)
+            outputs = runner.run(images).unflatten(0, (time_steps, len(images)))
+            steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
+            mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
+        return SimulationRun(mean, runner.records)
+
+
+class _Probe(LayerRunner):
+    """Runs one image without neurons, to see how large the layers are."""
+
+    largest = 1
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.largest = max(self.largest, z.numel())
+        return z
+
+
+class _TimeFolded(LayerRunner):
+    """Runs T steps of n images: constant values [n, ...] until the first neurons, [T*n, ...] from there on."""
+
+    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
+        super().__init__(layers)
+        self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.records: dict[str, LayerRun] = {}
+        self.over_time: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        timed = [source for source in n.all_input_nodes if source in self.over_time]
+        if timed or is_activation(self.module, n):
+            self.over_time.add(n)
+        if timed and len(timed) < len(n.all_input_nodes):  # a constant meets spikes: it is the same at every step
+            for source in n.all_input_nodes:
+                value = self.env.get(source)
+                if source not in self.over_time and isinstance(value, Tensor):
+                    self.env[source] = value.expand(self.time_steps, *value.shape).flatten(0, 1)
+                    self.over_time.add(source)
+        self.node = n
+        return super().run_node(n)
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        source = self.node.all_input_nodes[0]
+        current = (
+            z.unflatten(0, (self.time_steps, self.images)) if source in self.over_time else z.expand(self.time_steps, *z.shape)
+        )
+        # the currents of a layer that nobody else reads make room for its spikes
+        if source in self.over_time and len(source.users) == 1 and source.op != "placeholder":
+            out = z
+        else:
+            shape = (self.time_steps * self.images, *current.shape[2:])
+            layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
+            out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+        steps = out.unflatten(0, (self.time_steps, self.images))
+        mean = current.mean(0) if self.record else None
+        count, residual = fire(current, module.theta, module.v0, module.signed, steps, amplitude=True, count=self.record)
+        if self.record:
+            kept = _signs(steps) if self.spikes else None
+            self.records[name] = LayerRun(count.short(), residual, mean, module.theta, module.v0, self.time_steps, kept)
+        return out
+
+
+def _signs(steps: Tensor) -> Tensor:
+    return steps.sign().to(torch.int8)
+
+
+def _join(runs: list[LayerRun]) -> LayerRun:
+    first = runs[0]
+    spikes = None if first.spikes is None else torch.cat([run.spikes for run in runs], 1)  # type: ignore[misc]
+    count, residual, mean = (torch.cat([getattr(run, key) for run in runs]) for key in ("count", "residual", "mean_current"))
+    return LayerRun(count, residual, mean, first.theta, first.v0, first.time_steps, spikes)
