@@ -7,7 +7,7 @@ logarithm, and its gradient comes free: the activation is homogeneous of degree 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class _QuantizeStraightThrough(torch.autograd.Function):
     """Forward: quantize. Backward: floor passes its gradient; theta's follows from homogeneity (Euler)."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, log_theta: Tensor, levels: int) -> Tensor:
+    def forward(ctx: Any, z: Tensor, log_theta: Tensor, levels: int) -> Tensor:
         theta = over_channels(log_theta.exp(), z)
         y = torch.floor((z * (levels / theta)).add_(0.5)).clamp_(0, levels).mul_(theta / levels)
         ctx.save_for_backward(z, y, theta)
@@ -71,7 +71,7 @@ class _QuantizeStraightThrough(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, y, theta = ctx.saved_tensors
         grad_z = grad * ((z > 0) & (z < theta))
         # d y/d theta = (y - gate*z)/theta, and d theta/d log_theta = theta

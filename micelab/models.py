@@ -32,6 +32,9 @@ _WIDTH_OF_KIND = {"A": 16, "B": 64, "C": 64}
 class Normalize(nn.Module):
     """(x - mean)/std per channel: [N, C, H, W] in [0, 1] to zero mean and unit spread."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))

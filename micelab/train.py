@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from micelab import checkpoint, models
+from micelab.activation import TrainableClip
 from micelab.data import Augmentation, ImageData, Split, TrainingBatches, data_folder, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.machine import default_precision as default_precision
@@ -219,7 +220,7 @@ class _Run:
             "validation_accuracy": accuracy(self.model, self.data.validation, self.accelerator.device),
             "lr": self.rate(),
         }
-        bounds = [m.theta.detach().mean().item() for m in self.model.modules() if hasattr(m, "log_theta")]
+        bounds = [m.theta.detach().mean().item() for m in self.model.modules() if isinstance(m, TrainableClip)]
         line |= {"theta": bounds} if bounds else {}
         line["seconds"] = round(self.seconds, 2)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
