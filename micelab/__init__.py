@@ -7,7 +7,7 @@ table = micelab.error_breakdown(ann, snn, images, time_steps=8)
 curve = micelab.accuracy_curve(snn, loader)
 """
 
-from micelab import methods, neuron
+from micelab import methods, neuron, train
 from micelab.activation import QuantClip, TrainableClip
 from micelab.checkpoint import load, save
 from micelab.convert import convert
@@ -17,7 +17,6 @@ from micelab.exceptions import MicelabError
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.models import resnet20, small_cnn
 from micelab.network import SpikingNetwork
-from micelab.train import TrainConfig, train
 
 __version__ = "0.1.0"
 
@@ -25,7 +24,6 @@ __all__ = [
     "MicelabError",
     "QuantClip",
     "SpikingNetwork",
-    "TrainConfig",
     "TrainableClip",
     "accuracy_curve",
     "convert",
