@@ -110,13 +110,14 @@ def find(name: str | Path, folder: str | Path | None = None) -> Path:
             raise CheckpointError(f"checkpoint {direct} does not exist")
         return direct
     places = [Path(folder)] if folder else []
+    places += [Path()]  # a path without its ending
     if os.environ.get("MICELAB_DATA"):
         places.append(Path(os.environ["MICELAB_DATA"]) / "checkpoints")
     places += [Path("data/checkpoints"), Path(__file__).parent.parent / "data" / "checkpoints"]
     for place in places:
         if (place / f"{name}.safetensors").is_file():
             return place / f"{name}.safetensors"
-    there = sorted({file.stem for place in places for file in place.glob("*.safetensors")})
+    there = sorted({file.stem for place in places if place != Path() for file in place.glob("*.safetensors")})
     raise CheckpointError(
         f"no checkpoint is named {str(name)!r}; here are: {', '.join(there) or 'none'}. "
         "The shipped ones come with the repository (data/checkpoints)"

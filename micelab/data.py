@@ -88,7 +88,7 @@ def load_data(name: str = "digits", folder: str | Path | None = None, download: 
 
     >>> digits = load_data("digits")
     >>> digits.shape, len(digits.train), len(digits.validation), len(digits.test)
-    ((1, 8, 8), 1293, 144, 360)
+    ((1, 8, 8), 1295, 143, 359)
     """
     if name == "digits":
         images, labels, classes = _digits()

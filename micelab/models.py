@@ -101,7 +101,7 @@ def resnet20(
 
     >>> net = resnet20(width=16)
     >>> net(torch.zeros(1, 3, 32, 32)).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([1, 10]), 272282)
+    (torch.Size([1, 10]), 272474)
     """
     if kind is not None and kind not in _WIDTH_OF_KIND:
         raise InputError(f"kind {kind!r} of ResNet-20 is unknown: choose 'A', 'B' or 'C'")
