@@ -282,6 +282,7 @@ class _Run:
             "recipe": asdict(self.config),
             "hours": round(sum(line["seconds"] for line in history) / 3600, 3),
             "machine": machine(),
+            "processes": self.accelerator.num_processes,
             "command": command,
         }
 

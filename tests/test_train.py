@@ -1,0 +1,293 @@
+"""Training that survives what happens to it: kills, signals, several processes, a diverging loss."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from micelab import checkpoint, train
+from micelab.data import Split, load_data
+from micelab.exceptions import CheckpointError, InputError, TrainingError
+from micelab.train import TrainConfig
+
+SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
+OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
+ALONE = [sys.executable, "-m", "micelab", "train"]
+TWO = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+TWO += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "micelab", "train"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The digits with a tenth of the training images: an epoch of two steps at 64, four at 32."""
+    whole = load_data()
+    return type(whole)(**(vars(whole) | {"train": Split(whole.train.images[:160], whole.train.labels[:160])}))
+
+
+def start(out, *options, launcher=ALONE):
+    """A training of the command line in a process of its own, one thread to each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, *OPTIONS, "--out", str(out), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process, status=0):
+    """What the process said, once it has ended with `status`."""
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == status, said
+    return said
+
+
+def wait_for_epochs(process, out, count):
+    """Until `count` epochs are in the metrics; then the run is in the middle of the next."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{count} epochs were not reached: {process.communicate(timeout=60)[0]}")
+
+
+def weights(out):
+    return checkpoint.load(out / "model.safetensors").state_dict()
+
+
+def history(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert history(one) == history(other)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finished(start(out))
+    return out
+
+
+# Killed, stopped, resumed: real processes
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_where_an_undisturbed_one_ends(tmp_path, undisturbed):
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for_epochs(process, out, 3)
+    process.kill()
+    finished(process, -signal.SIGKILL)
+    assert not (out / "model.safetensors").exists()
+    finished(start(out, "--resume"))
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_asked_to_stop_saves_its_step_and_resumes_bit_for_bit(tmp_path, undisturbed, number, status):
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for_epochs(process, out, 2)
+    process.send_signal(number)
+    said = finished(process, status)
+    assert "Traceback" not in said
+    _, state = checkpoint.read_tensors(out / "state.safetensors")
+    assert state["epoch"] >= 2
+    assert state["step"] >= 1
+    finished(start(out, "--resume"))
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_the_same_way_each_time(tmp_path):
+    for name in ("one", "two"):
+        finished(start(tmp_path / name, launcher=TWO))
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == [
+            "metrics.jsonl",
+            "model.json",
+            "model.safetensors",
+            "state.safetensors",
+        ]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "one").values())
+    card = json.loads((tmp_path / "one" / "model.json").read_text())
+    assert card["test_accuracy"] > 0.5
+    assert card["processes"] == 2
+
+
+# Resumed at every kind of step: in this process
+
+
+def stop_at(monkeypatch, epoch, step):
+    """Sends SIGTERM to this process right after the step `step` of `epoch`, both counted from 0."""
+    whole = train._Run._one_step
+
+    def one_step(run, images, labels):
+        here = (run.epoch, run.step)
+        whole(run, images, labels)
+        if here == (epoch, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train._Run, "_one_step", one_step)
+
+
+@pytest.mark.parametrize("activation", ["relu", "clip", "quant_clip"])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (1, 2), (2, 4)])
+def test_a_run_stopped_after_any_step_resumes_to_the_same_network(tmp_path, digits, monkeypatch, activation, epoch, step):
+    config = TrainConfig(**SMALL | {"batch_size": 32, "activation": activation})
+    train.train(config, tmp_path / "whole", digits)
+    with monkeypatch.context() as patch:
+        stop_at(patch, epoch, step)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train.train(config, tmp_path / "cut", digits)
+    assert stopped.value.args == (signal.SIGTERM,)
+    _, state = checkpoint.read_tensors(tmp_path / "cut" / "state.safetensors")
+    assert (state["epoch"], state["step"]) == (epoch, step + 1)
+    train.train(config, tmp_path / "cut", digits, resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_signals_are_the_callers_again_after_training(tmp_path, digits):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_is_the_same_for_a_seed_and_another_for_another(tmp_path, digits):
+    for name, seed in (("one", 7), ("same", 7), ("other", 8)):
+        torch.manual_seed(len(name))  # the caller's own seed plays no part
+        train.train(TrainConfig(**SMALL, seed=seed), tmp_path / name, digits)
+    assert_same_run(tmp_path / "one", tmp_path / "same")
+    assert not torch.equal(weights(tmp_path / "one")["head.weight"], weights(tmp_path / "other")["head.weight"])
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, digits):
+    first = train.train(TrainConfig(**SMALL), tmp_path, digits)
+    again = train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert len(history(tmp_path)) == SMALL["epochs"]
+
+
+def test_one_epoch_is_a_run(tmp_path, digits):
+    train.train(TrainConfig(**SMALL | {"epochs": 1}), tmp_path, digits)
+    assert [line["epoch"] for line in history(tmp_path)] == [1]
+
+
+def test_the_card_tells_what_was_trained_how_and_on_what(tmp_path, digits):
+    net = train.train(TrainConfig(**SMALL, seed=3), tmp_path, digits, command="micelab train --seed 3")
+    card = checkpoint.load(tmp_path / "model.safetensors").card
+    assert card["recipe"]["seed"] == 3
+    assert card["command"] == "micelab train --seed 3"
+    assert card["images"] == {"train": 160, "validation": 143, "test": 359}
+    assert card["parameters"] == sum(p.numel() for p in net.parameters())
+    assert card["validation_accuracy"] == history(tmp_path)[-1]["validation_accuracy"]
+    assert card["test_accuracy"] == train.accuracy(net, digits.test)
+    assert torch.__version__ in card["machine"]
+    assert card["processes"] == 1
+
+
+def test_the_rate_climbs_then_falls_to_zero(tmp_path, digits, monkeypatch):
+    rates, whole = [], train._Run.rate
+    monkeypatch.setattr(train._Run, "rate", lambda run: rates.append(whole(run)) or rates[-1])
+    train.train(TrainConfig(**SMALL | {"epochs": 6}, lr=0.1), tmp_path, digits)
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0)
+
+
+# What goes wrong
+
+
+def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    with pytest.raises(InputError, match=r"other options: theta was 2.0, is 3.0; lr was 0.1, is 0.2. Resume with the same ones"):
+        train.train(TrainConfig(**SMALL | {"theta": 3.0, "lr": 0.2}), tmp_path, digits, resume=True)
+
+
+def test_resuming_nothing_says_so(tmp_path, digits):
+    with pytest.raises(CheckpointError, match="holds no run to resume: start it without --resume"):
+        train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+
+
+def test_a_run_is_not_overwritten_by_another(tmp_path, digits):
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(InputError, match="already holds a run: continue it with --resume, or choose another --out"):
+        train.train(TrainConfig(**SMALL, seed=1), tmp_path, digits)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_half_written_state_is_named(tmp_path, digits):
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state.safetensors is damaged or only half written"):
+        train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path, digits, monkeypatch):
+    whole = train._Run.rate
+    monkeypatch.setattr(train._Run, "rate", lambda run: 1e30 if run.epoch == 1 else whole(run))
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 2, step 2: .* kept in .*Lower --lr \(now 0.1\)"):
+        train.train(TrainConfig(**SMALL), tmp_path, digits)
+    tensors, state = checkpoint.read_tensors(tmp_path / "state.safetensors")
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_from_the_start_does_not_point_to_a_state_that_is_not_there(tmp_path, digits):
+    with pytest.raises(TrainingError, match="training has diverged; no epoch was finished before"):
+        train.train(TrainConfig(**SMALL, lr=1e30), tmp_path, digits)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("theta_lr", float("nan")),
+        ("warmup_epochs", -1.0),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("precision", "fp16"),
+    ],
+)
+def test_an_option_out_of_its_range_is_named_as_it_is_typed(option, value):
+    with pytest.raises(InputError, match=f"^--{option.replace('_', '-')} is .* out of range"):
+        TrainConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"network": "vgg"}, "network 'vgg' is unknown"),
+        ({"activation": "gelu"}, "activation 'gelu' is unknown"),
+        ({"theta": -1.0}, "must be a finite number above 0"),
+        ({"levels": 0}, "integer of at least 1"),
+        ({"augment": "strong"}, "'strong' is unknown"),
+        ({"batch_size": 161}, "batch size 161 must be"),
+        ({"kind": "A"}, "does not take these options"),
+    ],
+)
+def test_a_network_or_batch_that_cannot_be_is_refused_before_anything_is_written(tmp_path, digits, options, words):
+    with pytest.raises(InputError, match=words):
+        train.train(TrainConfig(**SMALL | options), tmp_path / "run", digits)
+    assert not (tmp_path / "run").exists()
