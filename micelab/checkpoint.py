@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
     `card`: recipe, seed, epochs, machine, accuracies, command; `dtype`: torch.float16 halves the file.
     """
     spec = getattr(model, "spec", None)
-    if not spec:
+    if not spec or not spec.get("ann", True):
         raise CheckpointError(
             f"{type(model).__name__} has no `spec` to rebuild it from: use micelab.resnet20 or micelab.small_cnn, or torch.save"
         )
@@ -80,12 +80,20 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
     path = find(name, folder)
     tensors, words = read_tensors(path)
     try:
-        model = models.build(words["spec"])
+        model = _restore(words["spec"], tensors)
     except (KeyError, MicelabError) as error:
         raise CheckpointError(f"{path} names a network that this version does not know: {error}") from error
     load_weights(model, tensors, path)
     model.card = words.get("card", {})
     return model.eval()
+
+
+def _restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    if "ann" not in spec:
+        return models.build(spec)
+    from micelab.convert import restore  # convert stands above this module
+
+    return restore(spec, tensors)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,60 +2,331 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+from micelab.exceptions import InputError, MicelabError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+DatasetOption = Annotated[str, typer.Option(help="digits (embedded), cifar10, cifar100, or the path of a folder of images.")]
+FolderOption = Annotated[Path | None, typer.Option("--data", help="Folder of CIFAR and runs [$MICELAB_DATA, else data/].")]
+StepsOption = Annotated[str, typer.Option("--time-steps", help="Numbers of time-steps, such as 1,2,4,8.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
+CalibrationOption = Annotated[int, typer.Option(min=1, help="Training images that thresholds are set from.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ReportOption = Annotated[Path | None, typer.Option(help="Also write an HTML page with interactive figures.")]
+MethodsOption = Annotated[
+    list[str] | None, typer.Option("--method", help="Conversion method; repeat for several [all that fit].")
+]
 
 
 @app.callback()
-def _root() -> None:
-    pass
+def root(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    """See, learn and use the conversion of a trained neural network into a spiking one."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
-@app.command()
-def train(
-    dataset: str = "digits",
-    network: str | None = None,
-    kind: str | None = None,
-    width: int | None = None,
-    activation: str = "quant_clip",
-    levels: int = 8,
-    theta: float = 4.0,
-    epochs: int = 60,
-    batch_size: int = 128,
-    lr: float = 0.1,
-    augment: str = "standard",
-    seed: int = 0,
-    precision: str = "auto",
-    compile: bool = False,
-    out: str = "data/runs/latest",
-    data: str | None = None,
-    resume: bool = False,
+@app.command(epilog="Examples: `micelab demo` · `micelab demo --dataset cifar10`")
+def demo(
+    dataset: DatasetOption = "digits",
+    time_steps: StepsOption = "1,2,4,8,16,32",
+    report: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path("report.html"),
+    limit: LimitOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    data: FolderOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    import logging
+    """Train (digits) or load (CIFAR) networks, convert them by every method, and explain every lost point."""
+    from micelab import tables
+    from micelab.compare import compare, fitting
+    from micelab.data import load_data
 
-    from micelab.train import TrainConfig, default_precision
+    found = load_data(dataset, data)
+    networks = _train_trio(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
+    if dataset != "digits" and limit is None:
+        limit = 1000
+        tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
+    result = compare(fitting(networks), found, time_steps=_steps(time_steps), limit=limit, progress=True)
+    _show(result, report, as_json)
+
+
+@app.command(
+    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu`"
+)
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run: state, metrics, final network.")] = Path("data/runs/latest"),
+    dataset: DatasetOption = "digits",
+    network: Annotated[str | None, typer.Option(help="small_cnn or resnet20 [by the data set].")] = None,
+    kind: Annotated[str | None, typer.Option(help="ResNet-20 of kind A, B or C.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
+    activation: Annotated[str, typer.Option(help="relu, clip (TCL) or quant_clip (QCFS).")] = "quant_clip",
+    levels: Annotated[int, typer.Option(min=1, help="Levels of quant_clip.")] = 8,
+    theta: Annotated[float, typer.Option(help="Start of the clipping bounds.")] = 4.0,
+    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 5e-4,
+    theta_lr: Annotated[float, typer.Option(min=0, help="Rate of the bounds, as a share of --lr.")] = 0.1,
+    warmup_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    label_smoothing: Annotated[float, typer.Option(min=0)] = 0.0,
+    augment: Annotated[str, typer.Option(help="none, standard (crop, flip) or auto (AutoAugment, Cutout).")] = "standard",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile (needs a C++ compiler; a minute to start).")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Also copy the final network and its card here.")] = None,
+    data: FolderOption = None,
+) -> None:
+    """Train a network to be converted.
+
+    Ctrl-C and SIGTERM save the state. Several GPUs or machines: `accelerate launch -m micelab train ...`.
+    """
+    from micelab import checkpoint
+    from micelab.machine import default_precision
+    from micelab.train import TrainConfig
     from micelab.train import train as run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = TrainConfig(
-        dataset=dataset,
-        network=network or ("small_cnn" if dataset == "digits" else "resnet20"),
-        kind=kind,
-        width=width,
-        activation=activation,
-        levels=levels if activation == "quant_clip" else None,
-        theta=theta,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        augment=augment,
-        seed=seed,
-        precision=default_precision() if precision == "auto" else precision,
-        compile=compile,
+    words: dict[str, Any] = {
+        "dataset": dataset,
+        "network": network or ("small_cnn" if dataset == "digits" else "resnet20"),
+        "levels": levels if activation == "quant_clip" else None,
+        "precision": default_precision() if precision == "auto" else precision,
+    }
+    for name in ("kind", "width", "activation", "theta", "epochs", "batch_size", "lr", "weight_decay", "theta_lr"):
+        words[name] = locals()[name]
+    words |= {"warmup_epochs": warmup_epochs, "label_smoothing": label_smoothing, "augment": augment, "seed": seed}
+    words["compile"] = compile
+    try:
+        model = run(TrainConfig(**words), out, resume=resume, folder=data, command=_command())
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
+        raise
+    card = getattr(model, "card", None) or json.loads((out / "model.json").read_text())
+    if save is not None:
+        checkpoint.save(model, save, card)
+    typer.echo(
+        f"{card['network']}, {card['dataset']}: validation {100 * card['validation_accuracy']:.2f} %, "
+        f"test {100 * card['test_accuracy']:.2f} %, in {save or out / 'model.safetensors'}"
     )
-    run(config, out, resume=resume, folder=data)
+
+
+@app.command(epilog="Example: `micelab convert resnet20a-cifar10-qcfs --method qcfs --out spiking.safetensors`")
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
+    out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
+    method: Annotated[str, typer.Option(help="max, percentile, mse, tcl or qcfs.")] = "qcfs",
+    time_steps: Annotated[int, typer.Option(min=1, help="Time-steps it is made for.")] = 8,
+    per_channel: Annotated[bool, typer.Option("--per-channel", help="A threshold for each channel.")] = False,
+    v0: Annotated[float | None, typer.Option(help="Initial potential in thetas [the method's].")] = None,
+    signed: Annotated[bool | None, typer.Option(help="Neurons that may take a spike back [the method's].")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set for calibration [the checkpoint's].")] = None,
+    calibration_images: CalibrationOption = 256,
+    data: FolderOption = None,
+) -> None:
+    """Convert a trained network and save the spiking one (`micelab.load` reads it back)."""
+    import micelab
+    from micelab.data import load_data, to_float
+
+    ann = micelab.load(checkpoint)
+    images = None
+    if micelab.methods.get(method).calibrates:
+        images = to_float(load_data(_dataset_of(ann, dataset), data).train.images[:calibration_images])
+    snn = micelab.convert(ann, method, images, time_steps=time_steps, per_channel=per_channel, v0=v0, signed=signed)
+    path = micelab.save(snn, out, {"from": checkpoint, "method": method, "command": _command()})
+    typer.echo(f"{path}: {len(snn.neurons)} spiking layers, method {method}, made for T = {time_steps}")
+
+
+@app.command(epilog="Example: `micelab evaluate resnet20a-cifar10-relu resnet20a-cifar10-qcfs --out data/results/cifar10.json`")
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Names or paths of trained networks; each method takes the one it fits.")
+    ],
+    method: MethodsOption = None,
+    time_steps: StepsOption = "1,2,4,8,16,32",
+    explain_at: Annotated[int, typer.Option(min=1, help="T of the error table.")] = 8,
+    dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
+    split: Annotated[str, typer.Option(help="test, or validation to make choices on.")] = "test",
+    limit: LimitOption = None,
+    calibration_images: CalibrationOption = 256,
+    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.")] = None,
+    report: ReportOption = None,
+    data: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
+    from micelab.compare import compare
+    from micelab.data import load_data
+
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"--split {split!r} is unknown: choose validation or test")
+    networks, first = _loaded(checkpoints, method)
+    found = load_data(_dataset_of(first, dataset), data)
+    result = compare(
+        networks,
+        found,
+        split,  # type: ignore[arg-type]
+        _steps(time_steps),
+        explain_at,
+        limit,
+        calibration_images=calibration_images,
+        progress=True,
+    )
+    if out is not None:
+        from micelab.checkpoint import write_whole
+
+        write_whole(out, (json.dumps({"command": _command()} | result.to_dict(), indent=1) + "\n").encode())
+    _show(result, report, as_json)
+
+
+@app.command(epilog="Example: `micelab explain resnet20a-cifar10-qcfs --method qcfs --time-steps 4 --report why.html`")
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
+    method: Annotated[str, typer.Option(help="Conversion method.")] = "qcfs",
+    time_steps: Annotated[int, typer.Option(min=1)] = 8,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that the errors are averaged over.")] = 256,
+    dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
+    calibration_images: CalibrationOption = 256,
+    report: ReportOption = None,
+    data: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which layer loses accuracy, to which of the errors, and what helps (on validation images)."""
+    from micelab.compare import compare
+    from micelab.data import load_data
+
+    networks, ann = _loaded([checkpoint], [method])
+    found = load_data(_dataset_of(ann, dataset), data)
+    steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
+    result = compare(networks, found, "validation", steps, time_steps, images, images, calibration_images, progress=True)
+    _show(result, report, as_json, explain=True)
+
+
+@app.command(epilog="Examples: `micelab data cifar10` · `micelab data path/to/folder`")
+def data(
+    dataset: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, or the path of a folder of images.")] = "digits",
+    folder: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a data set if it is absent, check it, and say what is in it."""
+    from micelab import tables
+    from micelab.data import load_data
+
+    found = load_data(dataset, folder)
+    counts = {name: len(found.split(name)) for name in ("train", "validation", "test")}
+    words = {"dataset": found.name, "shape": found.shape, "classes": found.classes, "images": counts}
+    words |= {"mean": found.mean, "std": found.std}
+    typer.echo(json.dumps(words, indent=1) if as_json else tables.data_words(found))
+
+
+def _show(result: Any, report: Path | None, as_json: bool, explain: bool = False) -> None:
+    from micelab import tables
+
+    page = None
+    if report is not None:
+        from micelab.report import write_report
+
+        page = write_report(report, result, _command())
+    if as_json:
+        typer.echo(json.dumps({"command": _command()} | result.to_dict(), indent=1))
+    else:
+        tables.show(result, explain)
+        if page is not None:
+            tables.say(f"The whole story, with interactive figures: {page}")
+
+
+def _train_trio(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
+    """One small network for each activation, trained on the digits in seconds."""
+    import tempfile
+
+    from micelab import tables
+    from micelab.train import TrainConfig
+    from micelab.train import train as run
+
+    networks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for activation in ("relu", "clip", "quant_clip"):
+            if not quiet:
+                tables.say(f"Training a small network with activation {activation} on {len(data.train):,} digits ...")
+            config = TrainConfig(activation=activation, epochs=30, lr=0.05, theta=2.0, seed=seed)
+            networks[activation] = run(config, Path(folder) / activation, data, progress=not quiet)
+    return networks
+
+
+def _shipped(dataset: str) -> dict[str, Any]:
+    import micelab
+
+    if dataset != "cifar10":
+        raise InputError(f"no trained network is shipped for {dataset!r}: train one with `micelab train --dataset {dataset}`")
+    return {"relu": micelab.load("resnet20a-cifar10-relu"), "quant_clip": micelab.load("resnet20a-cifar10-qcfs")}
+
+
+def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
+    """(network of every method, first network): by the activation that each was trained with."""
+    import micelab
+    from micelab.compare import fitting
+
+    loaded = [micelab.load(name) for name in checkpoints]
+    for name, model in zip(checkpoints, loaded, strict=True):
+        if "activation" not in model.spec:
+            raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
+    networks = fitting({model.spec["activation"]: model for model in loaded})
+    for name in chosen or []:
+        if micelab.methods.get(name) and name not in networks:
+            micelab.convert(loaded[0], name)  # says why this method cannot take this network
+    return {name: networks[name] for name in chosen or networks}, loaded[0]
+
+
+def _dataset_of(model: Any, given: str | None) -> str:
+    name = given or getattr(model, "card", {}).get("dataset")
+    if not name:
+        raise InputError("the checkpoint does not say which data it was trained on: name it with --dataset")
+    return str(name)
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        steps = ()
+    if not steps or steps[0] < 1:
+        raise InputError(f"--time-steps {text!r} is not a list of numbers from 1 on: write for example 1,2,4,8")
+    return steps
+
+
+def _command() -> str:
+    return shlex.join(["micelab", *sys.argv[1:]])
 
 
 def main() -> None:
-    app()
+    """Runs the command line: status 0, 2 for an error that is explained, 130 for Ctrl-C, 143 for SIGTERM."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except MicelabError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        number = stop.args[0] if stop.args and isinstance(stop.args[0], int) else 2
+        _fail("stopped", 128 + number)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (unexpected: `micelab --debug ...` shows where)", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    if "--debug" in sys.argv and sys.exc_info()[0] is not None:
+        import traceback
+
+        traceback.print_exc()
+    typer.echo(f"micelab: {message}", err=True)
+    sys.exit(status)

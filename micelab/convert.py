@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from micelab import methods
+from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import LayerRunner, activations, check_images, replace_activations, trace
 from micelab.network import SpikingNetwork
@@ -75,7 +75,23 @@ def convert(
 
     device = next(traced.parameters()).device
     spiking = replace_activations(traced, neuron).requires_grad_(False).to(device)
-    return SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)
+    snn = SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)
+    snn.spec = {"ann": dict(getattr(ann, "spec", {})), "method": method, "time_steps": time_steps, "fold": fold}
+    snn.spec["signed"] = chosen.signed if signed is None else signed
+    return snn
+
+
+def restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
+    """The spiking network of a `spec` that `convert` made, with the thresholds' shapes of `tensors`; weights are not loaded."""
+
+    def neuron(name: str, _: nn.Module) -> IntegrateFire:
+        shape = [tensors.get(f"layers.{name}.{kind}", torch.ones(())).shape for kind in ("theta", "v0")]
+        return IntegrateFire(torch.ones(shape[0]), torch.zeros(shape[1]), spec["signed"], layer=name)
+
+    layers = replace_activations(trace(models.build(spec["ann"]), spec["fold"]), neuron).requires_grad_(False)
+    snn = SpikingNetwork(layers, spec["method"], spec["time_steps"], methods.get(spec["method"]).hidden_steps)
+    snn.spec = spec
+    return snn
 
 
 def _observe(traced: fx.GraphModule, calibration: Tensor | Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -83,6 +83,7 @@ class LayerErrors:
     under_firing: float
     saturated: float
     theta: float
+    v0: float
     trained_clip: bool = False
 
     @property
@@ -163,7 +164,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.terms = {kind: [0.0, 0.0, 0.0] for kind in (*KINDS, "total")}
-        self.signal, self.shares, self.neurons, self.theta = 0.0, [0, 0, 0], 0, 0.0
+        self.signal, self.shares, self.neurons, self.theta, self.v0 = 0.0, [0, 0, 0], 0, 0.0, 0.0
 
     def add(self, run: LayerRun, z_ann: Tensor) -> None:
         terms = split_error(run.rate, run.mean_current, z_ann, run.theta, run.v0, run.time_steps)
@@ -177,7 +178,7 @@ class _Sums:
         self.shares = [a + int(flag.sum()) for a, flag in zip(self.shares, flags, strict=True)]
         self.signal += float(z_ann.clamp(min=0).double().square().sum())
         self.neurons += z_ann.numel()
-        self.theta = float(run.theta.mean())
+        self.theta, self.v0 = float(run.theta.mean()), float(run.v0.mean())
 
     def errors(self, trained_clip: bool) -> LayerErrors:
         n = max(1, self.neurons)
@@ -191,6 +192,7 @@ class _Sums:
             under_firing=under,
             saturated=saturated,
             theta=self.theta,
+            v0=self.v0,
             trained_clip=trained_clip,
         )
 
@@ -200,7 +202,7 @@ def _clips_alike(activation: nn.Module, neuron: nn.Module) -> bool:
 
 
 _HELP = {
-    "timing": "more time-steps, a start at v0 = 1/2, signed spikes, or training with the spikes in the loop",
+    "timing": "more time-steps, signed spikes, or training with the spikes in the loop",
     "quantization": "more time-steps, a smaller threshold, or training with quantized activations (QCFS)",
     "clipping": "a larger threshold (a higher percentile), or training with a clip (TCL, QCFS)",
 }
@@ -215,13 +217,14 @@ def _words(table: ErrorTable) -> str:
     kind = max(layer.own(), key=lambda k: layer.own()[k])
     share = layer.own()[kind] / sum(layer.own().values())
     last, end = list(table.layers.items())[-1]
+    remedy = ("a start at v0 = 1/2, " if kind != "clipping" and layer.v0 < 0.5 else "") + _HELP[kind]
     lines = [
         f"At T = {table.time_steps}, layer `{worst}` adds the most error of its own: {100 * own[worst] ** 0.5:.0f} % of its signal, "
         f"{100 * share:.0f} % of that (in squares) by {kind}.",
         f"There {100 * layer.over_firing:.1f} % of the neurons over-fire, {100 * layer.under_firing:.1f} % under-fire and "
         f"{100 * layer.saturated:.1f} % are saturated."
         + (" Clipping is left out: the ANN was trained with the same bound." if layer.trained_clip else ""),
-        f"What helps against {kind}: {_HELP[kind]}.",
+        f"What helps against {kind}: {remedy}.",
         f"At the last spiking layer, `{last}`, the error has grown to {100 * end.relative:.0f} % of the signal"
         + (f", {100 * min(1.0, end.inherited.rms / end.total.rms):.0f} % as large inherited." if end.total.rms else "."),
     ]

@@ -89,6 +89,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.layers = layers
         self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
+        self.spec: dict[str, Any] = {}
         self._largest: dict[tuple[int, ...], int] = {}
 
     @property

@@ -1,0 +1,126 @@
+"""Every method through the same call and into the same table: what the demo, `evaluate`, `explain` and the report show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from micelab import methods
+from micelab.convert import convert
+from micelab.data import ImageData, SplitName, to_float
+from micelab.errors import ErrorTable, error_breakdown
+from micelab.machine import machine
+from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
+from micelab.models import describe
+from micelab.train import accuracy
+
+TIME_STEPS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method on the network it is meant for. `network`: that network in words; `ann_accuracy`: its own, in [0, 1]."""
+
+    network: str
+    ann_accuracy: float
+    curve: AccuracyCurve
+    errors: ErrorTable
+    points: LostPoints | None
+    energy: Energy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and names."""
+        return {
+            "network": self.network,
+            "ann_accuracy": self.ann_accuracy,
+            "curve": self.curve.to_dict(),
+            "errors": self.errors.to_dict(),
+            "points": self.points.to_dict() if self.points else None,
+            "energy": self.energy.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on the same images; `images` of them for accuracy, `error_images` for errors and energy."""
+
+    dataset: str
+    split: str
+    images: int
+    error_images: int
+    time_steps: int
+    size: Size
+    machine: str
+    results: dict[str, MethodResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and names, with its circumstances."""
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "images": self.images,
+            "error_images": self.error_images,
+            "errors_at_time_steps": self.time_steps,
+            "parameters": self.size.parameters,
+            "macs": self.size.macs,
+            "machine": self.machine,
+            "results": {name: result.to_dict() for name, result in self.results.items()},
+        }
+
+
+def compare(
+    networks: Mapping[str, nn.Module],
+    data: ImageData,
+    split: SplitName = "test",
+    time_steps: Sequence[int] = TIME_STEPS,
+    explain_at: int = 8,
+    limit: int | None = None,
+    error_images: int = 256,
+    calibration_images: int = 256,
+    points: bool = True,
+    progress: bool = False,
+    **options: Any,
+) -> Comparison:
+    """Converts, simulates and explains: `networks` maps each method's name to the trained network it converts.
+
+    Accuracy over the first `limit` images of `split` (all for None), errors and energy over the first `error_images` at
+    T = `explain_at`; thresholds from the first `calibration_images` training images; `options` go to `convert`.
+    """
+    chosen = data.split(split).head(limit)
+    calibration = to_float(data.train.images[:calibration_images])
+    images = to_float(chosen.images[:error_images])
+    accuracies: dict[int, float] = {}
+    results = {}
+    for name, ann in tqdm(networks.items(), desc="methods", disable=not progress, leave=False):
+        if id(ann) not in accuracies:
+            accuracies[id(ann)] = accuracy(ann, chosen)
+        snn = convert(ann, name, calibration, **{"time_steps": explain_at} | options)
+        batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
+        results[name] = MethodResult(
+            network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
+            ann_accuracy=accuracies[id(ann)],
+            curve=accuracy_curve(snn, batches, time_steps),
+            errors=error_breakdown(ann, snn, images, explain_at),
+            points=lost_points(ann, snn, chosen.batches(), explain_at) if points else None,
+            energy=energy(snn, images, explain_at),
+        )
+    first = next(iter(networks.values()))
+    return Comparison(data.name, split, len(chosen), len(images), explain_at, size(first, data.shape), machine(), results)
+
+
+def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Each method's network: the one trained with the activation it is meant for, or else any with a trained bound.
+
+    `networks` maps "relu", "clip", "quant_clip" to what there is; methods for which there is none are left out.
+    """
+    chosen = {}
+    for name, method in methods.METHODS.items():
+        candidates = [method.trained_with] + (["relu", "clip", "quant_clip"] if method.calibrates else ["clip", "quant_clip"])
+        found = [kind for kind in candidates if kind in networks]
+        if found:
+            chosen[name] = networks[found[0]]
+    return chosen

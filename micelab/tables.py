@@ -1,0 +1,95 @@
+"""Comparisons as tables and sentences in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from micelab import methods
+from micelab.compare import Comparison
+from micelab.data import ImageData
+from micelab.errors import KINDS, ErrorTable
+from micelab.metrics import ENERGY_ASSUMPTIONS
+
+_console = Console(highlight=False)
+if not _console.is_terminal:
+    _console.width = 118
+
+
+def say(words: str) -> None:
+    """One line on the terminal."""
+    _console.print(words, markup=False)
+
+
+def show(result: Comparison, explain: bool = False) -> None:
+    """Accuracy over T, lost points, energy, and the error table of the best method (of the only one, for `explain`)."""
+    say(f"\n{result.dataset}, {result.images:,} {result.split} images; {result.size}")
+    say(f"{result.machine}")
+    _console.print(accuracy_table(result))
+    at = result.time_steps
+    _console.print(points_table(result))
+    best = max(result.results, key=lambda name: result.results[name].curve.accuracy[-1])
+    shown = result.results[best]
+    say(f"Method {best}: errors of each layer at T = {at} over {result.error_images} images, rms in % of the layer's signal:")
+    _console.print(error_table(shown.errors))
+    say(shown.errors.words())
+    say("\n" + ENERGY_ASSUMPTIONS)
+
+
+def accuracy_table(result: Comparison) -> Table:
+    """One row a method: its network, the ANN's accuracy, hidden steps, accuracy at each T."""
+    steps = next(iter(result.results.values())).curve.time_steps
+    table = Table(title="Accuracy in % after T time-steps (true steps = T + hidden)", title_justify="left")
+    for heading in ("method", "network", "ANN", "hidden"):
+        table.add_column(heading, justify="left" if heading in ("method", "network") else "right")
+    for t in steps:
+        table.add_column(f"T={t}", justify="right")
+    for name, row in result.results.items():
+        values = [f"{100 * a:.2f}" for a in row.curve.accuracy]
+        table.add_row(name, row.network, f"{100 * row.ann_accuracy:.2f}", str(row.curve.hidden_steps), *values)
+    return table
+
+
+def points_table(result: Comparison) -> Table:
+    """One row a method: points of accuracy lost to each error at `time_steps`, spikes and energy beside the ANN's."""
+    title = f"Where the points go at T = {result.time_steps}, and what an image costs"
+    table = Table(title=title, title_justify="left")
+    headings = ("method", "ANN", "clipping", "quantization", "timing", "SNN", "spikes/neuron/step", "SNN energy", "ANN energy")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, row in result.results.items():
+        points = row.points
+        lost = ["-"] * 5
+        if points is not None:
+            lost = [f"{100 * points.ann:.2f}"]
+            lost += [f"{0.0 - 100 * getattr(points, kind):+.2f}" for kind in ("clipping", "quantization", "timing")]
+            lost += [f"{100 * points.snn:.2f}"]
+        rate = sum(row.energy.spike_rates.values()) / len(row.energy.spike_rates)
+        energies = [f"{row.energy.snn_microjoule:.2f} µJ", f"{row.energy.ann_microjoule:.2f} µJ"]
+        table.add_row(name, *lost, f"{rate:.3f}", *energies)
+    return table
+
+
+def error_table(errors: ErrorTable) -> Table:
+    """One row a layer: each error's rms over the layer's signal, shares of over-, under-firing and saturated neurons."""
+    table = Table()
+    for heading in ("layer", "theta", *KINDS, "total", "over-fire", "under-fire", "saturated"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for name, layer in errors.layers.items():
+        shares = [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for kind in (*KINDS, "total")]
+        shares += [layer.over_firing, layer.under_firing, layer.saturated]
+        table.add_row(name, f"{layer.theta:.3g}", *[f"{100 * share:.1f} %" for share in shares])
+    return table
+
+
+def method_list() -> str:
+    """The registered methods with their sources, a line each."""
+    return "\n".join(f"{method.name}: {method.title} ({method.source})" for method in methods.METHODS.values())
+
+
+def data_words(data: ImageData) -> str:
+    """What a data set holds, in three lines."""
+    shape = "x".join(str(side) for side in data.shape)
+    counts = ", ".join(f"{len(data.split(name)):,} {name}" for name in ("train", "validation", "test"))
+    names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    return f"{data.name}: {shape} images: {counts}\n{len(data.classes)} classes: {names}\nmean {data.mean}, spread {data.std}"
