@@ -18,7 +18,8 @@ from micelab.train import TrainConfig
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
 OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
 ALONE = [sys.executable, "-m", "micelab", "train"]
-TWO = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+# `accelerate launch --cpu` starts one process only, unless MPI is there; `--multi_gpu` starts torchrun, on CPUs too
+TWO = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 TWO += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "micelab", "train"]
 
 
