@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from micelab.exceptions import InputError, MicelabError
@@ -28,13 +29,34 @@ MethodsOption = Annotated[
 ]
 
 
+def command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose errors end in one sentence and a status, with a traceback for --debug only."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @app.command(epilog=epilog)
+        @functools.wraps(function)
+        def guarded(*args: Any, **options: Any) -> None:
+            try:
+                function(*args, **options)
+            except MicelabError as error:
+                _fail(str(error), 2)
+            except KeyboardInterrupt as stop:  # train says which signal it was
+                _fail("stopped", 128 + (stop.args[0] if stop.args else 2))
+            except Exception as error:
+                _fail(f"{type(error).__name__}: {error} (unexpected: `micelab --debug ...` shows where)", 1)
+
+        return guarded
+
+    return decorate
+
+
 @app.callback()
 def root(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     """See, learn and use the conversion of a trained neural network into a spiking one."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
-@app.command(epilog="Examples: `micelab demo` · `micelab demo --dataset cifar10`")
+@command(epilog="Examples: `micelab demo` · `micelab demo --dataset cifar10`")
 def demo(
     dataset: DatasetOption = "digits",
     time_steps: StepsOption = "1,2,4,8,16,32",
@@ -58,7 +80,7 @@ def demo(
     _show(result, report, as_json)
 
 
-@app.command(
+@command(
     epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu`"
 )
 def train(
@@ -89,8 +111,10 @@ def train(
 ) -> None:
     """Train a network to be converted.
 
-    Ctrl-C and SIGTERM save the state. Several GPUs or machines: `accelerate launch -m micelab train ...`.
+    Ctrl-C and SIGTERM save the state. Several GPUs or machines: `accelerate launch --multi_gpu -m micelab train ...`.
     """
+    from accelerate import PartialState
+
     from micelab import checkpoint
     from micelab.machine import default_precision
     from micelab.train import TrainConfig
@@ -111,7 +135,9 @@ def train(
     except KeyboardInterrupt:
         logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
         raise
-    card = getattr(model, "card", None) or json.loads((out / "model.json").read_text())
+    if not PartialState().is_main_process:
+        return
+    card = json.loads((out / "model.json").read_text())
     if save is not None:
         checkpoint.save(model, save, card)
     typer.echo(
@@ -120,7 +146,7 @@ def train(
     )
 
 
-@app.command(epilog="Example: `micelab convert resnet20a-cifar10-qcfs --method qcfs --out spiking.safetensors`")
+@command(epilog="Example: `micelab convert resnet20a-cifar10-qcfs --method qcfs --out spiking.safetensors`")
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
@@ -146,7 +172,7 @@ def convert(
     typer.echo(f"{path}: {len(snn.neurons)} spiking layers, method {method}, made for T = {time_steps}")
 
 
-@app.command(epilog="Example: `micelab evaluate resnet20a-cifar10-relu resnet20a-cifar10-qcfs --out data/results/cifar10.json`")
+@command(epilog="Example: `micelab evaluate resnet20a-cifar10-relu resnet20a-cifar10-qcfs --out data/results/cifar10.json`")
 def evaluate(
     checkpoints: Annotated[
         list[str], typer.Argument(help="Names or paths of trained networks; each method takes the one it fits.")
@@ -188,7 +214,7 @@ def evaluate(
     _show(result, report, as_json)
 
 
-@app.command(epilog="Example: `micelab explain resnet20a-cifar10-qcfs --method qcfs --time-steps 4 --report why.html`")
+@command(epilog="Example: `micelab explain resnet20a-cifar10-qcfs --method qcfs --time-steps 4 --report why.html`")
 def explain(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     method: Annotated[str, typer.Option(help="Conversion method.")] = "qcfs",
@@ -211,7 +237,7 @@ def explain(
     _show(result, report, as_json, explain=True)
 
 
-@app.command(epilog="Examples: `micelab data cifar10` · `micelab data path/to/folder`")
+@command(epilog="Examples: `micelab data cifar10` · `micelab data path/to/folder`")
 def data(
     dataset: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, or the path of a folder of images.")] = "digits",
     folder: FolderOption = None,
@@ -309,18 +335,7 @@ def _command() -> str:
 
 def main() -> None:
     """Runs the command line: status 0, 2 for an error that is explained, 130 for Ctrl-C, 143 for SIGTERM."""
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except MicelabError as error:
-        _fail(str(error), 2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as stop:
-        number = stop.args[0] if stop.args and isinstance(stop.args[0], int) else 2
-        _fail("stopped", 128 + number)
-    except Exception as error:
-        _fail(f"{type(error).__name__}: {error} (unexpected: `micelab --debug ...` shows where)", 1)
+    app()
 
 
 def _fail(message: str, status: int) -> None:
