@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def convert(
 
     method: a name of `micelab.methods.METHODS`; calibration: training images [N, C, H, W] in [0, 1], or batches of them
     (a loader; labels are ignored), for the methods that need some; time_steps: the T that "mse" searches for; per_channel:
-    a threshold for each channel; v0 (0 or 1/2) and signed override the method's; fold: batch-norm into the weights.
+    a threshold for each channel (a trained bound keeps its shape); v0 (in [0, 1]) and signed override the method's; fold:
+    batch-norm into the weights.
 
     >>> import micelab
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), method="qcfs")
@@ -69,12 +71,12 @@ def convert(
         if not per_channel:
             samples, highest = samples.reshape(1, -1), highest.max().reshape(1)
         theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, start))
-        theta = torch.where(theta > 0, theta, highest.max())  # a silent channel gets the layer's largest
+        if chosen.calibrates:
+            theta = torch.where(theta > 0, theta, highest.max())  # a silent channel gets the layer's largest
         theta = theta.reshape(()) if theta.numel() == 1 else theta
         return IntegrateFire(theta, start, chosen.signed if signed is None else signed, layer=name)
 
-    device = next(traced.parameters()).device
-    spiking = replace_activations(traced, neuron).requires_grad_(False).to(device)
+    spiking = replace_activations(traced, neuron).requires_grad_(False).to(_home(traced).device)
     snn = SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)
     snn.spec = {"ann": dict(getattr(ann, "spec", {})), "method": method, "time_steps": time_steps, "fold": fold}
     snn.spec["signed"] = chosen.signed if signed is None else signed
@@ -96,20 +98,27 @@ def restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
 
 def _observe(traced: fx.GraphModule, calibration: Tensor | Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """(samples [C, M], highest [C]) of the input of every activation over the calibration images."""
-    device = next(traced.parameters()).device
-    batches = list(calibration.split(64)) if isinstance(calibration, Tensor) else [_images_of(batch) for batch in calibration]
+    home = _home(traced)
+    if not isinstance(calibration, Iterable):
+        raise InputError(f"calibration is a {type(calibration).__name__}: give training images [N, C, H, W] or batches of them")
+    given = check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration
+    batches = [check_images(_images_of(batch)) for batch in given]
     if not batches:
         raise InputError("calibration holds no images: give some training images [N, C, H, W]")
     observer = _Observer(traced, sum(len(batch) for batch in batches))
     with torch.inference_mode():
         for batch in batches:
-            observer.run(check_images(batch).to(device))
-    with torch.inference_mode():
+            observer.run(batch.to(home))
         return {name: (torch.cat(parts, 1), observer.highest[name]) for name, parts in observer.samples.items()}
 
 
-def _images_of(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+def _home(traced: fx.GraphModule) -> Tensor:
+    """A tensor on the network's device, of its type."""
+    return next(chain(traced.parameters(), traced.buffers(), [torch.zeros(())]))
+
+
+def _images_of(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 class _Observer(LayerRunner):

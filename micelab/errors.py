@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from micelab.activation import TrainableClip, clip, over_channels, quantize
+from micelab.activation import TrainableClip, clip, over_channels
 from micelab.exceptions import InputError
 from micelab.graph import LayerRunner, activations, check_images, trace
 from micelab.network import LayerRun, SpikingNetwork
+from micelab.neuron import IntegrateFire, check_theta, fire
 
 KINDS = ("timing", "quantization", "clipping", "inherited")
 """The four terms, in the order in which every table and figure shows them."""
@@ -33,17 +34,23 @@ def split_error(
     """The four terms and their "total", each [N, ...] in activation units, of one layer.
 
     rate, mean_current: phi and zbar of the spiking layer; z_ann: the ANN's input of the same neurons; theta, v0: scalar
-    or [C]. A neuron that sits exactly on a step of Q may count one step more or less by rounding of zbar.
+    or [C]. Q is the rate of this very neuron under the constant current zbar, run step by step: in real numbers that is
+    the formula above, and where rounding decides on which side of a step zbar lies, it decides alike in phi and in Q.
 
     >>> terms = split_error(torch.tensor([[0.5]]), torch.tensor([[0.8]]), torch.tensor([[0.9]]), 1.0, 0.5, time_steps=4)
     >>> {kind: round(term.item(), 3) for kind, term in terms.items()}
     {'timing': -0.25, 'quantization': -0.05, 'clipping': 0.0, 'inherited': -0.1, 'total': -0.4}
     """
-    theta, v0 = (
-        torch.as_tensor(theta, dtype=rate.dtype, device=rate.device),
-        torch.as_tensor(v0, dtype=rate.dtype, device=rate.device),
-    )
-    staircase = quantize(mean_current, theta, time_steps, v0)
+    theta = check_theta(torch.as_tensor(theta, dtype=rate.dtype, device=rate.device))
+    if not rate.shape == mean_current.shape == z_ann.shape:
+        raise InputError(
+            f"rate {tuple(rate.shape)}, mean_current {tuple(mean_current.shape)} and z_ann {tuple(z_ann.shape)} "
+            "must be of one shape: one number for each neuron"
+        )
+    current = mean_current.expand(time_steps, *mean_current.shape)
+    spent = torch.empty_like(mean_current).expand_as(current)
+    count, _ = fire(current, theta, v0, signed=False, out=spent, count=True)
+    staircase = count * over_channels(theta, count) / time_steps
     clipped = clip(mean_current, theta)
     positive, ann = mean_current.clamp(min=0), z_ann.clamp(min=0)
     return {
@@ -197,8 +204,8 @@ class _Sums:
         )
 
 
-def _clips_alike(activation: nn.Module, neuron: nn.Module) -> bool:
-    return isinstance(activation, TrainableClip) and torch.allclose(activation.theta, neuron.theta)
+def _clips_alike(activation: nn.Module, neuron: IntegrateFire) -> bool:
+    return isinstance(activation, TrainableClip) and torch.allclose(activation.theta.to(neuron.theta), neuron.theta)
 
 
 _HELP = {
@@ -219,8 +226,8 @@ def _words(table: ErrorTable) -> str:
     last, end = list(table.layers.items())[-1]
     remedy = ("a start at v0 = 1/2, " if kind != "clipping" and layer.v0 < 0.5 else "") + _HELP[kind]
     lines = [
-        f"At T = {table.time_steps}, layer `{worst}` adds the most error of its own: {100 * own[worst] ** 0.5:.0f} % of its signal, "
-        f"{100 * share:.0f} % of that (in squares) by {kind}.",
+        f"At T = {table.time_steps}, layer `{worst}` adds the most error of its own: {100 * own[worst] ** 0.5:.0f} % of its "
+        f"signal, {100 * share:.0f} % of that (in squares) by {kind}.",
         f"There {100 * layer.over_firing:.1f} % of the neurons over-fire, {100 * layer.under_firing:.1f} % under-fire and "
         f"{100 * layer.saturated:.1f} % are saturated."
         + (" Clipping is left out: the ANN was trained with the same bound." if layer.trained_clip else ""),

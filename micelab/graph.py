@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from micelab.activation import TrainableClip
@@ -26,19 +26,35 @@ ACTIVATIONS = (nn.ReLU, TrainableClip)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _AFFINE = (*WEIGHTED, *_BATCH_NORMS, *_POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
-_RELU_CALLS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+_RELU_CALLS = {F.relu, torch.relu, "relu"}
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
-ADD_CALLS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_CAT_CALLS = {torch.cat, torch.concat, torch.concatenate}
-_POOL_CALLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
-_POOL_CALLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_SUM_CALLS = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", operator.neg, torch.neg, "neg"}
 _SCALE_CALLS = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"}
-_SHAPE_CALLS = {getattr, operator.getitem, "size", "dim", "contiguous", "view", "reshape"}
-_BATCH_SAFE_CALLS = {torch.flatten, "flatten", torch.mean, "mean"}  # they may swallow the batch: checked below
+_CAT_CALLS = {torch.cat, torch.concat, torch.concatenate}
+_POOL_CALLS: set[Any] = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_POOL_CALLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.pad}
+_BATCH_SAFE_CALLS = {torch.flatten, "flatten", torch.mean, "mean", torch.sum, "sum", torch.squeeze, "squeeze"}
+_SHAPE_CALLS = {"reshape", torch.reshape, "contiguous"}
+_SIZES = {"shape", "ndim"}
+_OUT_OF_PLACE: dict[Any, Any] = {
+    F.relu_: F.relu,
+    torch.relu_: F.relu,
+    "relu_": "relu",
+    "view": "reshape",
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    "add_": "add",
+    "sub_": "sub",
+    "mul_": "mul",
+    "div_": "div",
+    "neg_": "neg",
+}
 _REMEDIES = {
     "MaxPool": "the maximum of spikes is not the spike count of the maximum: use nn.AvgPool2d or a stride, before training",
     "Softmax": "it is not affine: leave it out, the largest logit stays the largest",
@@ -62,19 +78,20 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"a {type(model).__name__} was given where a network (torch.nn.Module) is needed")
-    model = copy.deepcopy(model).eval()
+    model = _own_copy(model)
     _check_numbers(model)
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
-    except (TraceError, TypeError, RuntimeError, AttributeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a forward does with a stand-in for its tensors
         where = f"{type(model).__name__}.forward"
         raise ConversionError(
-            f"{where} cannot be read as a fixed graph of layers ({str(error).splitlines()[0]}): it decides by the values of its "
+            f"{where} cannot be read as a fixed graph of layers ({_first_line(error)}): it decides by the values of its "
             "tensors or takes more than images; move that outside the network"
         ) from error
     traced = fx.GraphModule(tracer.root, graph)
     _drop_dropout(traced)
+    _undo_in_place(traced)
     _check_nodes(traced)
     _name_activations(traced)
     if fold:
@@ -104,6 +121,28 @@ def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module],
     return traced
 
 
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without the caller's hooks: they watch the caller's network, not this one."""
+    try:
+        model = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied ({_first_line(error)}): remove what wraps its weights, such as weight_norm"
+        ) from error
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ConversionError(
+                f"layer `{name}` has a parametrized weight: make it plain with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _check_numbers(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -112,10 +151,65 @@ def _check_numbers(model: nn.Module) -> None:
 
 def _drop_dropout(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
-        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, _DROPOUTS) or node.target in _DROPOUT_CALLS:
-            node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
+            if module is None and node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True):
+                raise ConversionError(
+                    f"{_where(node)} stays active in evaluation: pass training=self.training, or use nn.Dropout"
+                )
+            node.replace_all_uses_with(_source(node))
             traced.graph.erase_node(node)
+
+
+def _undo_in_place(traced: fx.GraphModule) -> None:
+    """Every call that writes into its input becomes one that does not; what reads the input later reads the result."""
+    order = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        writes = node.op in ("call_function", "call_method") and node.target in _OUT_OF_PLACE.keys() - {"view"}
+        if not writes and not node.kwargs.get("inplace") and not getattr(module, "inplace", False):
+            continue
+        source = _source(node)
+        if not isinstance(source, fx.Node):
+            continue
+        for user in [user for user in source.users if order[user] > order[node]]:
+            user.replace_input_with(source, node)
+        base = source
+        while _shares_memory(traced, base):
+            base = _source(base)
+            if any(order[user] > order[node] for user in base.users):
+                raise ConversionError(f"{_where(node)} writes into a part of `{base}`, which is used again: do it out of place")
+    for node in traced.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+
+
+def _shares_memory(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's value may be a view of its input's."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), (nn.Flatten, nn.Identity))
+    views = {"view", "reshape", "contiguous", "flatten", "squeeze", torch.reshape, torch.flatten, torch.squeeze, operator.getitem}
+    return node.op in ("call_function", "call_method") and node.target in views and isinstance(_source(node), fx.Node)
+
+
+def is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's value is a new tensor that nothing else looks into."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), (*WEIGHTED, *_BATCH_NORMS))
+    return node.op in ("call_function", "call_method") and node.target in _SUM_CALLS
+
+
+def is_size(node: Any) -> bool:
+    """Whether the node is a number or a shape, not a tensor: `x.shape[0]`, `x.size(1) * 4`."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in ("size", "dim", "numel") or node.target is getattr:
+        return True
+    return bool(node.all_input_nodes) and node.target is not torch.cat and all(map(is_size, node.all_input_nodes))
+
+
+def _source(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _check_nodes(traced: fx.GraphModule) -> None:
@@ -130,7 +224,8 @@ def _check_nodes(traced: fx.GraphModule) -> None:
             _check_call(node)
         elif node.op == "get_attr":
             raise ConversionError(
-                f"the network uses its parameter `{node.target}` directly: put it into a layer such as nn.Conv2d or nn.Linear"
+                f"the network uses its parameter `{node.target}` directly: put it into a layer, such as nn.Conv2d, nn.Linear or "
+                "micelab.models.Normalize"
             )
         elif node.op == "output" and not isinstance(node.args[0], fx.Node):
             raise ConversionError("the network gives back more than one tensor: it must give back the logits alone")
@@ -140,6 +235,8 @@ def _check_module(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
     if isinstance(module, _BATCH_NORMS) and module.running_mean is None:
         raise ConversionError(f"layer `{name}` is nn.{kind} without running statistics: train it with track_running_stats=True")
+    if isinstance(module, nn.Flatten) and module.start_dim == 0:
+        raise ConversionError(f"layer `{name}` flattens the images of a batch into one: use nn.Flatten(start_dim=1)")
     if not isinstance(module, ACTIVATIONS + _AFFINE):
         why = next((text for part, text in _REMEDIES.items() if part in kind), "use nn.ReLU or micelab.QuantClip")
         raise ConversionError(f"layer `{name}` is nn.{kind}, which has no spiking counterpart here: {why}")
@@ -147,23 +244,51 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 def _check_call(node: fx.Node) -> None:
     call: Any = node.target
-    known = _RELU_CALLS | ADD_CALLS | _CAT_CALLS | _POOL_CALLS | _SHAPE_CALLS | _BATCH_SAFE_CALLS
-    name = call if isinstance(call, str) else getattr(call, "__name__", str(call))
-    where = f"`{name}` in `{_scope(node) or 'forward'}`"
+    arguments = [*node.args, *node.kwargs.values()]
+    tensors = [argument for argument in arguments if isinstance(argument, fx.Node) and not is_size(argument)]
+    sizes = [argument for argument in arguments if is_size(argument)]
+    if call is getattr and node.args[1] not in _SIZES:
+        raise ConversionError(f"`.{node.args[1]}` in `{_scope(node) or 'forward'}` has no spiking counterpart here: leave it out")
+    if is_size(node):
+        return
+    if call in _SUM_CALLS | _SCALE_CALLS and sizes:
+        raise ConversionError(f"{_where(node)} computes with the shape of its input: use a fixed number")
     if call in _SCALE_CALLS:
-        if sum(isinstance(argument, fx.Node) for argument in node.args) > 1:
-            raise ConversionError(f"{where} multiplies two activations, which spikes cannot: use a sum or a concatenation")
-        if call in (operator.truediv, torch.div) and not isinstance(node.args[0], fx.Node):
-            raise ConversionError(f"{where} divides by an activation, which is not affine: leave it out")
-    elif call not in known:
-        why = next((text for part, text in _REMEDIES.items() if part.lower() in name.replace("_", "").lower()), None)
-        raise ConversionError(
-            f"{where} has no spiking counterpart here: {why or 'use the layers that docs/conversion.md lists, such as nn.ReLU'}"
-        )
-    dims = node.kwargs.get("dim", node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0))
-    swallows = 0 in dims if isinstance(dims, (tuple, list)) else dims == 0
-    if call in _BATCH_SAFE_CALLS | _CAT_CALLS and swallows:
-        raise ConversionError(f"{where} works across the images of a batch (dimension 0): give it the dimensions from 1 on")
+        if len(tensors) > 1:
+            raise ConversionError(f"{_where(node)} multiplies two activations, which spikes cannot: use a sum or a concatenation")
+        if call in (operator.truediv, torch.div) and not isinstance(_source(node), fx.Node):
+            raise ConversionError(f"{_where(node)} divides by an activation, which is not affine: leave it out")
+        if node.kwargs.get("rounding_mode"):
+            raise ConversionError(f"{_where(node)} rounds, which is not affine: leave rounding_mode out")
+    elif call is operator.getitem:
+        index = node.args[1]
+        if not isinstance(index, tuple) or index[0] not in (slice(None), ...):
+            raise ConversionError(f"{_where(node)} picks images of the batch: index from dimension 1 on, as in x[:, :4]")
+    elif call in _SHAPE_CALLS:
+        shape = node.args[1:2] if len(node.args) > 1 else tuple(node.kwargs.values())
+        first = shape[0][0] if shape and isinstance(shape[0], (tuple, list)) else next(iter(shape), -1)
+        if isinstance(first, int) and first != -1:
+            raise ConversionError(f"{_where(node)} fixes the number of images to {first}: use x.flatten(1) or x.shape[0]")
+    elif call in _BATCH_SAFE_CALLS | _CAT_CALLS:
+        given = {"dim", "axis", "start_dim"} & node.kwargs.keys()
+        dims = node.kwargs[given.pop()] if given else node.args[1] if len(node.args) > 1 else None
+        if dims in (None, 0) or (isinstance(dims, (tuple, list)) and (0 in dims or not dims)):
+            raise ConversionError(
+                f"{_where(node)} works across the images of a batch (dimension 0): give it the dimensions from 1 on"
+            )
+    elif call not in _RELU_CALLS | _SUM_CALLS | _POOL_CALLS:
+        name = _call_name(node).replace("_", "").lower()
+        why = next((text for part, text in _REMEDIES.items() if part.lower() in name), "use one of those in docs/conversion.md")
+        raise ConversionError(f"{_where(node)} has no spiking counterpart here: {why}")
+
+
+def _call_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _where(node: fx.Node) -> str:
+    name = node.name if _call_name(node) in ("fn", "boolean_dispatch") else _call_name(node)
+    return f"`{name}` in `{_scope(node) or 'forward'}`"
 
 
 def _scope(node: fx.Node) -> str:
@@ -195,8 +320,7 @@ def _name_activations(traced: fx.GraphModule) -> None:
         seen.add(name)
         traced.add_submodule(name, module)
         with traced.graph.inserting_after(node):
-            source = node.args[0] if node.args else node.kwargs["input"]
-            replacement = traced.graph.call_module(name, (source,))
+            replacement = traced.graph.call_module(name, (_source(node),))
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         traced.graph.erase_node(node)
@@ -213,10 +337,10 @@ def _fold_batch_norm(traced: fx.GraphModule) -> None:
         before = node.args[0]
         if before.op != "call_module" or len(before.users) > 1 or uses[before.target] > 1:
             continue
-        weighted, norm = traced.get_submodule(before.target), traced.get_submodule(node.target)
+        weighted, norm = traced.get_submodule(before.target), cast(Any, traced.get_submodule(node.target))
         if isinstance(weighted, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
             folded: nn.Module = fuse_linear_bn_eval(weighted, norm)
-        elif isinstance(weighted, CONVOLUTIONS + TRANSPOSED):
+        elif isinstance(weighted, CONVOLUTIONS) or (isinstance(weighted, TRANSPOSED) and weighted.groups == 1):
             folded = fuse_conv_bn_eval(weighted, norm, transpose=isinstance(weighted, TRANSPOSED))
         else:
             continue
@@ -230,22 +354,35 @@ class LayerRunner(fx.Interpreter):
 
     def __init__(self, traced: fx.GraphModule):
         super().__init__(traced, garbage_collect_values=True)
+        self.traced = traced
+        self.extra_traceback = False
 
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         """What the activation `name` gives back for its input z; here the module's own value."""
         return module(z)
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            if is_activation(self.module, n):
+            if is_activation(self.traced, n):
                 args, _ = self.fetch_args_kwargs_from_env(n)
-                return self.activate(n.target, self.fetch_attr(n.target), args[0])  # type: ignore[arg-type]
-            return super().run_node(n)
-        except (RuntimeError, ValueError) as error:
+                return self.activate(str(n.target), self.fetch_attr(str(n.target)), args[0])
+            out = super().run_node(n)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, (InputError, torch.OutOfMemoryError)) or "out of memory" in str(error):
                 raise
-            shapes = [tuple(a.shape) for a in self.fetch_args_kwargs_from_env(n)[0] if isinstance(a, Tensor)]
-            raise InputError(f"layer `{n.target}` cannot take input of shape {shapes}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"layer `{n.target}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}") from error
+        if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
+            raise InputError(
+                f"layer `{n.target}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
+                "keep dimension 0 as it is"
+            )
+        return out
+
+    def _inputs(self, n: fx.Node) -> list[Tensor]:
+        return [self.env[source] for source in n.all_input_nodes if isinstance(self.env[source], Tensor)]
+
+    def _shapes(self, n: fx.Node) -> str:
+        return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))
 
 
 def check_images(images: Any) -> Tensor:

@@ -120,7 +120,7 @@ register(
     Method(
         name="mse",
         title="least square error",
-        source="Li et al., ICML 2021: threshold by grid search of the mean square error to the clip-floor; start at half a threshold",
+        source="Li et al., ICML 2021: grid search of the least mean square error to the clip-floor; start at half a threshold",
         theta=mean_square_optimal,
         v0=0.5,
     )

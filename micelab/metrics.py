@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import clip, quantize
 from micelab.exceptions import InputError
-from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, trace
+from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, is_size, trace
 from micelab.network import SpikingNetwork
 
 PICOJOULE_PER_MAC = 4.6
@@ -111,14 +111,15 @@ def lost_points(ann: nn.Module, snn: SpikingNetwork, loader: Iterable[tuple[Tens
     runners = [LayerRunner(trace(ann)), _Substitute(snn, None), _Substitute(snn, time_steps)]
     right, seen = [0, 0, 0, 0], 0
     for images, labels in loader:
+        spiking = snn.simulate(images, time_steps, record=False).predictions[-1]
         with torch.inference_mode():
-            logits = [runner.run(images) for runner in runners]
-        logits.append(snn.simulate(images, time_steps, record=False).logits[-1])
-        right = [r + int((out.argmax(1) == labels).sum()) for r, out in zip(right, logits, strict=True)]
+            predictions = [runner.run(images).argmax(1) for runner in runners] + [spiking]
+        right = [r + int((p == labels.to(p.device)).sum()) for r, p in zip(right, predictions, strict=True)]
         seen += len(labels)
     if not seen:
         raise InputError("the loader gave no images: give batches of (images, labels)")
-    return LostPoints(*(r / seen for r in right), time_steps=time_steps, images=seen)
+    ann_right, clipped, quantized, snn_right = (r / seen for r in right)
+    return LostPoints(ann_right, clipped, quantized, snn_right, time_steps, seen)
 
 
 class _Substitute(LayerRunner):
@@ -128,7 +129,7 @@ class _Substitute(LayerRunner):
         super().__init__(snn.layers)
         self.levels = levels
 
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         return clip(z, module.theta) if self.levels is None else quantize(z, module.theta, self.levels, module.v0)
 
 
@@ -148,7 +149,7 @@ def size(model: nn.Module, shape: Sequence[int]) -> Size:
 
     >>> import micelab
     >>> str(size(micelab.resnet20(), (3, 32, 32)))
-    '272,282 parameters, 40.8 M multiply-accumulates an image'
+    '272,474 parameters, 40.8 M multiply-accumulates an image'
     """
     meter = _Meter(trace(model))
     first = next(model.parameters())
@@ -190,47 +191,42 @@ class Energy:
 def energy(snn: SpikingNetwork, images: Tensor, time_steps: int = 8) -> Energy:
     """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them."""
     meter = _Meter(snn.layers)
-    with torch.inference_mode():
-        meter.run(images[:1])
     sent: dict[str, float] = dict.fromkeys(snn.neurons, 0.0)
-    for _, run in snn.stream(images, time_steps):
+    for part, run in snn.stream(images, time_steps):
+        if not meter.macs:
+            with torch.inference_mode():
+                meter.run(part[:1])
         for name, layer in run.layers.items():
             sent[name] += float(layer.count.double().sum())
     spikes = {name: total / len(images) for name, total in sent.items()}
     macs, operations = 0.0, 0.0
     for node, cost in meter.macs.items():
         sources = spike_sources(snn.layers, node.all_input_nodes[0])
-        if sources is None:  # driven by the constant image: once
+        if sources == {IMAGES}:  # the image is the same at every step: once
             macs += cost
-        elif not sources:  # weights behind weights: real-valued at every step
+        elif sources & {IMAGES, REAL}:
             macs += cost * time_steps
         else:
             operations += sum(spikes[source] for source in sources) * cost / meter.inputs[node]
-    operations += sum(spikes[source] for source in _shortcut_sources(snn.layers))
+    for node in snn.layers.graph.nodes:  # a shortcut without weights adds its spikes to the membrane
+        if is_activation(snn.layers, node):
+            operations += sum(spikes.get(source, 0.0) for source in spike_sources(snn.layers, node.all_input_nodes[0]))
     rates = {name: spikes[name] / (meter.neurons[name] * time_steps) for name in spikes}
     return Energy(time_steps, float(sum(meter.macs.values())), macs, operations, sum(spikes.values()), rates)
 
 
-def spike_sources(layers: fx.GraphModule, node: fx.Node) -> list[str] | None:
-    """The spiking layers whose spikes reach `node` without passing weights; [] behind weights, None where only images do."""
+IMAGES, REAL = "the images", "real numbers"
+
+
+def spike_sources(layers: fx.GraphModule, node: fx.Node) -> set[str]:
+    """What `node` carries: the spikes of these layers, IMAGES (constant), or REAL numbers (behind weights, at every step)."""
     if is_activation(layers, node):
-        return [str(node.target)]
+        return {str(node.target)}
     if node.op == "placeholder":
-        return None
-    found = [spike_sources(layers, source) for source in node.all_input_nodes]
-    spiking = [names for names in found if names is not None]
-    if not spiking:
-        return None
+        return {IMAGES}
+    found = {name for source in node.all_input_nodes if not is_size(source) for name in spike_sources(layers, source)}
     weighted = node.op == "call_module" and isinstance(layers.get_submodule(str(node.target)), WEIGHTED)
-    return [] if weighted else [name for names in spiking for name in names]
-
-
-def _shortcut_sources(layers: fx.GraphModule) -> list[str]:
-    """Spiking layers whose spikes are added to a membrane directly, by a shortcut without weights."""
-    from micelab.graph import ADD_CALLS
-
-    adds = [node for node in layers.graph.nodes if node.op in ("call_function", "call_method") and node.target in ADD_CALLS]
-    return [name for add in adds for source in add.all_input_nodes for name in spike_sources(layers, source) or []]
+    return {REAL} if weighted and found != {IMAGES} else found
 
 
 class _Meter(LayerRunner):
@@ -242,14 +238,14 @@ class _Meter(LayerRunner):
         self.inputs: dict[fx.Node, int] = {}
         self.neurons: dict[str, int] = {}
 
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         self.neurons[name] = z.numel()
         return z.clamp(min=0)
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
         out = super().run_node(n)
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        module: Any = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if isinstance(module, WEIGHTED) and isinstance(before, Tensor):
             self.inputs[n] = before.numel()
             if isinstance(module, TRANSPOSED):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, is_activation
+from micelab.graph import LayerRunner, activations, check_images, is_activation, is_fresh, is_size
 from micelab.neuron import IntegrateFire, fire
 
 CACHE_BUDGET = 4 * 2**20
@@ -99,7 +100,7 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, images: Tensor, time_steps: int | None = None) -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
-        return self.simulate(images, time_steps or self.time_steps, record=False).logits[-1]
+        return self.simulate(images, self.time_steps if time_steps is None else time_steps, record=False).logits[-1]
 
     def simulate(
         self, images: Tensor, time_steps: int = 8, record: bool = True, spikes: bool = False, chunk: int | None = None
@@ -110,6 +111,8 @@ class SpikingNetwork(nn.Module):
         through at a time (default: as many as fit the cache or the device budget), which does not change the result.
         """
         images = self._check(images, time_steps)
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
         parts = [
             self._simulate(part, time_steps, record or spikes, spikes)
             for part in images.split(chunk or self.chunk(images, time_steps))
@@ -140,7 +143,7 @@ class SpikingNetwork(nn.Module):
         if not isinstance(time_steps, int) or time_steps < 1:
             raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
         images = check_images(images)
-        own = next(self.layers.parameters())
+        own = next(chain(self.layers.parameters(), self.layers.buffers()))
         if images.device != own.device:
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
         images = images.to(own.dtype)
@@ -160,7 +163,7 @@ class _Probe(LayerRunner):
 
     largest = 1
 
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         self.largest = max(self.largest, z.numel())
         return z
 
@@ -175,36 +178,57 @@ class _TimeFolded(LayerRunner):
         self.over_time: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        timed = [source for source in n.all_input_nodes if source in self.over_time]
-        if timed or is_activation(self.module, n):
+        tensors = [source for source in n.all_input_nodes if not is_size(source)]
+        timed = [source for source in tensors if source in self.over_time]
+        if (timed and not is_size(n)) or is_activation(self.traced, n):
             self.over_time.add(n)
-        if timed and len(timed) < len(n.all_input_nodes):  # a constant meets spikes: it is the same at every step
-            for source in n.all_input_nodes:
-                value = self.env.get(source)
-                if source not in self.over_time and isinstance(value, Tensor):
-                    self.env[source] = value.expand(self.time_steps, *value.shape).flatten(0, 1)
+        if timed and len(timed) < len(tensors):  # a constant meets spikes: it is the same at every step
+            for source in tensors:
+                if source not in self.over_time:
+                    self.env[source] = self.env[source].expand(self.time_steps, *self.env[source].shape).flatten(0, 1)
                     self.over_time.add(source)
         self.node = n
         return super().run_node(n)
 
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
+        if target == "size" and self.node.all_input_nodes[0] in self.over_time:
+            size = self._one_step(args[0].shape)
+            return size[args[1]] if len(args) > 1 else size[kwargs["dim"]] if kwargs else size
+        if target == "reshape" and self.node in self.over_time:
+            first, *rest = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+            args = (args[0], (len(args[0]) if first == self.images else first, *rest))
+        return super().call_method(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is getattr and args[1] == "shape" and self.node.all_input_nodes[0] in self.over_time:
+            return self._one_step(args[0].shape)
+        if target is torch.reshape and self.node in self.over_time:
+            return self.call_method("reshape", (args[0], *args[1:], *kwargs.values()), {})
+        return super().call_function(target, args, kwargs)
+
+    def _one_step(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((self.images, *shape[1:]))
+
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         source = self.node.all_input_nodes[0]
-        current = (
-            z.unflatten(0, (self.time_steps, self.images)) if source in self.over_time else z.expand(self.time_steps, *z.shape)
-        )
+        timed = source in self.over_time
+        current = z.unflatten(0, (self.time_steps, self.images)) if timed else z.expand(self.time_steps, *z.shape)
         # the currents of a layer that nobody else reads make room for its spikes
-        if source in self.over_time and len(source.users) == 1 and source.op != "placeholder":
+        if timed and len(source.users) == 1 and is_fresh(self.traced, source):
             out = z
         else:
             shape = (self.time_steps * self.images, *current.shape[2:])
             layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
             out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
         steps = out.unflatten(0, (self.time_steps, self.images))
-        mean = current.mean(0) if self.record else None
+        # a mean of T equal numbers may round, the number itself does not
+        mean = (current.mean(0) if timed else z) if self.record else None
         count, residual = fire(current, module.theta, module.v0, module.signed, steps, amplitude=True, count=self.record)
-        if self.record:
+        if mean is not None:
             kept = _signs(steps) if self.spikes else None
-            self.records[name] = LayerRun(count.short(), residual, mean, module.theta, module.v0, self.time_steps, kept)
+            count = count.to(torch.int16 if self.time_steps < 2**15 else torch.int32)
+            self.records[name] = LayerRun(count, residual, mean, module.theta, module.v0, self.time_steps, kept)
         return out
 
 

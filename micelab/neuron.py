@@ -27,6 +27,8 @@ def integrate_and_fire(
 
     Raises InputError where T < 1 or theta is not positive. Source: Rueckauer et al. 2017, eq. 4 (reset by subtraction).
     """
+    if not current.is_floating_point():
+        raise InputError(f"current is {current.dtype}: the membrane integrates floating-point numbers, so use current.float()")
     if current.dim() < 2 or current.shape[0] < 1:
         raise InputError(f"current has shape {tuple(current.shape)}: it must be [T, N, ...] with at least one time-step")
     spikes = torch.empty_like(current)
@@ -37,12 +39,16 @@ def integrate_and_fire(
 def check_theta(theta: Tensor | float, layer: str = "") -> Tensor:
     """`theta` as a tensor if it is finite and above 0; raises InputError naming the layer otherwise."""
     theta = torch.as_tensor(theta, dtype=torch.get_default_dtype()) if not isinstance(theta, Tensor) else theta
-    if not bool(((theta > 0) & torch.isfinite(theta)).all()):
+    good = (theta > 0) & torch.isfinite(theta)
+    if not bool(good.all()):
         where = f"layer `{layer}`: " if layer else ""
-        raise InputError(f"{where}theta holds {float(theta.min()):.4g}: a firing threshold must be finite and above 0")
+        raise InputError(
+            f"{where}theta holds {float(theta[~good].flatten()[0]):.4g}: a firing threshold must be finite and above 0"
+        )
     return theta
 
 
+@torch.no_grad()
 def fire(
     current: Tensor,
     theta: Tensor,
@@ -51,21 +57,21 @@ def fire(
     out: Tensor,
     amplitude: bool = False,
     count: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """Writes the spikes of every step into `out` [T, N, ...]; gives back (count or None, residual), both [N, ...].
+) -> tuple[Tensor, Tensor]:
+    """Writes the spikes of every step into `out` [T, N, ...]; gives back (count, residual), both [N, ...].
 
     The one time loop of micelab: every simulation runs through it. `out` may be `current` itself. With `amplitude`,
-    theta*s(t) is written, what the next layer receives; with `count`, spikes are summed over time.
+    theta*s(t) is written, what the next layer receives; only with `count` are the spikes summed over time.
     """
     theta = over_channels(theta, current, channel_dim=2)
     v = torch.empty_like(current[0]).copy_((over_channels(v0, current, channel_dim=2) * theta).expand_as(current[0]))
-    fired = torch.zeros_like(v) if signed or count else None
+    fired = torch.zeros_like(v) if signed or count else v.new_empty(0)
     for t in range(current.shape[0]):
         v += current[t]
         spike = torch.ge(v, theta, out=out[t])
         if signed:
-            spike -= (v < 0) & (fired > 0)
-        if fired is not None:
+            spike -= ((v < 0) & (fired > 0)).to(spike.dtype)
+        if signed or count:
             fired += spike
         if amplitude:
             v -= spike.mul_(theta)
