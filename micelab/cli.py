@@ -53,7 +53,6 @@ def command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 @app.callback()
 def root(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     """See, learn and use the conversion of a trained neural network into a spiking one."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 @command(epilog="Examples: `micelab demo` · `micelab demo --dataset cifar10`")
@@ -71,12 +70,13 @@ def demo(
     from micelab.compare import compare, fitting
     from micelab.data import load_data
 
+    steps = _steps(time_steps)
     found = load_data(dataset, data)
     networks = _train_trio(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
     if dataset != "digits" and limit is None:
         limit = 1000
         tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
-    result = compare(fitting(networks), found, time_steps=_steps(time_steps), limit=limit, progress=True)
+    result = compare(fitting(networks), found, time_steps=steps, limit=limit, progress=True)
     _show(result, report, as_json)
 
 
@@ -120,6 +120,7 @@ def train(
     from micelab.train import TrainConfig
     from micelab.train import train as run
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     words: dict[str, Any] = {
         "dataset": dataset,
         "network": network or ("small_cnn" if dataset == "digits" else "resnet20"),

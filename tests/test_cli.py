@@ -1,0 +1,135 @@
+"""The command line: what a person types, what comes back, and how errors end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import micelab
+from micelab.cli import app
+from micelab.train import TrainConfig, train
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(TrainConfig(epochs=4, lr=0.05, theta=2.0), folder, progress=False)
+    return folder / "model.safetensors"
+
+
+def run(*words):
+    return runner.invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "convert", "evaluate", "explain", "data"])
+def test_every_command_has_help_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"micelab {command}" in " ".join(result.output.split())
+
+
+def test_evaluate_prints_json_with_its_circumstances_and_writes_the_same_to_a_file(checkpoint, tmp_path):
+    out = tmp_path / "results.json"
+    result = run(
+        "evaluate",
+        checkpoint,
+        "--time-steps",
+        "1,4",
+        "--limit",
+        60,
+        "--out",
+        out,
+        "--json",
+        "--method",
+        "qcfs",
+        "--method",
+        "max",
+    )
+    assert result.exit_code == 0, result.output
+    words = json.loads(result.stdout[result.stdout.index("{") :])
+    assert words["results"].keys() == {"qcfs", "max"}
+    assert words["images"] == 60
+    assert words["machine"]
+    stored = json.loads(out.read_text())
+    assert stored["results"]["qcfs"]["curve"]["time_steps"] == [1, 4]
+    assert stored["results"]["qcfs"]["curve"]["accuracy"] == words["results"]["qcfs"]["curve"]["accuracy"]
+
+
+def test_explain_names_every_layer_and_the_worst_one_in_words(checkpoint):
+    result = run("explain", checkpoint, "--method", "qcfs", "--time-steps", 4, "--images", 50)
+    assert result.exit_code == 0, result.output
+    for name in micelab.convert(micelab.load(checkpoint), "qcfs").neurons:
+        assert name in result.output
+    assert "What helps against" in result.output
+    assert "validation" in result.output
+
+
+def test_a_converted_network_is_saved_and_loaded_with_the_same_answers(checkpoint, tmp_path):
+    out = tmp_path / "spiking.safetensors"
+    result = run("convert", checkpoint, "--method", "mse", "--per-channel", "--signed", "--out", out)
+    assert result.exit_code == 0, result.output
+    again = micelab.load(out)
+    data = micelab.load_data("digits")
+    images = micelab.data.to_float(data.test.images[:20])
+    calibration = micelab.data.to_float(data.train.images[:256])
+    direct = micelab.convert(micelab.load(checkpoint), "mse", calibration, per_channel=True, signed=True)
+    assert direct(images, 8).tolist() == again(images, 8).tolist()
+    assert again.method == "mse"
+
+
+def test_data_says_what_is_in_it():
+    result = run("data", "digits")
+    assert "1,295 train" in result.output
+    assert json.loads(run("data", "digits", "--json").stdout)["images"]["test"] == 359
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["evaluate", "no-such-network"], "no checkpoint is named 'no-such-network'"),
+        (["data", "no-such-data"], "data set 'no-such-data' is unknown"),
+        (["train", "--lr", "-1"], "--lr is -1.0"),
+        (["train", "--kind", "D", "--dataset", "digits", "--network", "resnet20"], "kind 'D'"),
+        (["demo", "--time-steps", "1,x"], "--time-steps '1,x'"),
+        (["demo", "--time-steps", "0,4"], "--time-steps '0,4'"),
+        (["demo", "--dataset", "cifar100"], "cifar100"),
+    ],
+)
+def test_an_error_is_one_sentence_and_status_2_without_a_traceback(words, part, tmp_path):
+    environment = os.environ | {"MICELAB_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", "micelab", *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert process.returncode == 2
+    assert part in process.stderr
+    assert "Traceback" not in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+
+
+def test_a_method_that_does_not_fit_the_network_says_which_layer_and_what_to_do(tmp_path):
+    model = micelab.small_cnn(activation="relu")
+    micelab.save(model, tmp_path / "relu", {"dataset": "digits"})
+    result = run("explain", tmp_path / "relu.safetensors", "--method", "qcfs")
+    assert result.exit_code == 2
+    assert "layer `stem.2`" in result.output
+    assert "no trained bound" in result.output
+
+
+def test_a_spiking_network_is_not_evaluated_as_if_it_were_trained(checkpoint, tmp_path):
+    run("convert", checkpoint, "--out", tmp_path / "spiking")
+    result = run("evaluate", tmp_path / "spiking.safetensors")
+    assert result.exit_code == 2
+    assert "is a spiking network already" in result.output
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    words = ["--debug", "data", "no-such-data"]
+    process = subprocess.run([sys.executable, "-m", "micelab", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "Traceback" in process.stderr
+    assert "data set 'no-such-data' is unknown" in process.stderr
