@@ -1,0 +1,162 @@
+"""One HTML page that tells the whole story of a comparison, with interactive figures, and opens without network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from micelab import __version__, figures, methods
+from micelab.checkpoint import write_whole
+from micelab.compare import Comparison, MethodResult
+from micelab.errors import KINDS
+from micelab.metrics import ENERGY_ASSUMPTIONS
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #888; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
+figure { margin: 1rem 0; } figcaption, .small { font-size: 13px; color: #555; }
+blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #f4f6f8; border-left: 4px solid #0072B2; white-space: pre-line; }
+code { background: #f4f4f4; padding: 0 .25em; } details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
+dt { font-weight: 600; margin-top: .5rem; } dd { margin-left: 1.2rem; }
+"""
+
+_GLOSSARY = {
+    "T, time-steps": "How long the spiking network runs; more steps are more accurate, slower and cost more energy. "
+    "True steps count those that a method hides.",
+    "theta, threshold": "The membrane potential at which a neuron spikes; the most that it can say.",
+    "v, membrane potential": "The charge a neuron holds: it grows by the input and falls by theta at each spike. "
+    "It starts at v0 (in thetas) and ends as v(T).",
+    "phi, rate": "theta times the number of spikes over T: what the neuron says.",
+    "timing": "The same charge in another order makes more spikes (over-firing, v(T) < 0) or fewer (under-firing, "
+    "v(T) >= theta). It is zero at T = 1 and in the first layer.",
+    "quantization": "A spike count is a whole number, so a rate takes T + 1 values only.",
+    "clipping": "A neuron cannot say more than theta.",
+    "inherited": "What the layers before already got wrong.",
+}
+
+
+def write_report(path: str | Path, result: Comparison, command: str) -> Path:
+    """Writes the page and gives back its path; nothing half-written is left where it cannot be written."""
+    path = Path(path)
+    write_whole(path, _page(result, command).encode())
+    return path
+
+
+def _page(result: Comparison, command: str) -> str:
+    rows = result.results
+    best = max(rows, key=lambda name: rows[name].curve.accuracy[-1])
+    first = next(iter(rows.values()))
+    same = len({row.ann_accuracy for row in rows.values()}) == 1
+    curves = figures.accuracy_over_time([row.curve for row in rows.values()], first.ann_accuracy if same else None)
+    parts = [
+        f"<h1>From a trained network to a spiking one: {escape(result.dataset)}</h1>",
+        f"<p>{len(rows)} conversion{'s' * (len(rows) > 1)}, measured on {result.images:,} {escape(result.split)} images. "
+        f"{escape(str(result.size))}. {escape(result.machine)}; micelab {__version__}.</p>",
+        f"<p class=small>Made by <code>{escape(command)}</code></p>",
+        "<h2>How accurate, after how many steps?</h2>",
+        _figure(curves, plotly=True),
+        _accuracy_table(rows),
+        f"<h2>Where do the points go, at T = {result.time_steps}?</h2>",
+        "<p>Three networks stand between the ANN and the spiking one, each with one error more than the last: activations "
+        "limited to theta (clipping), put on T + 1 levels (quantization), and sent as spikes in their order (timing). The losses sum "
+        "to the whole.</p>",
+        _points_table(rows),
+    ]
+    if rows[best].points is not None:
+        parts.append(
+            _figure(figures.lost_points_waterfall(rows[best].points, f"{best}: where the points go at T = {result.time_steps}"))
+        )
+    parts.append(f"<h2>Which layer, and why?</h2><p>Errors over {result.error_images} images.</p>")
+    parts += [_method_section(name, row, opened=name == best) for name, row in rows.items()]
+    parts += ["<h2>Spikes and energy</h2>", _energy_table(rows), f"<p class=small>{escape(ENERGY_ASSUMPTIONS)}</p>"]
+    parts += [_figure(figures.spike_rates(rows[best].energy, f"{best}: spike rates, T = {result.time_steps}"))]
+    words = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GLOSSARY.items())
+    parts += ["<h2>Words</h2>", f"<dl>{words}</dl>", "<h2>Methods and sources</h2>", _sources(rows)]
+    title = escape(f"micelab: {result.dataset}")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
+    )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _figure(figure: Any, plotly: bool = False) -> str:
+    alt = escape(figure.layout.meta["alt"], quote=True)
+    body = figure.to_html(full_html=False, include_plotlyjs=plotly, config={"displaylogo": False, "responsive": True})
+    return f'<figure role="group" aria-label="{alt}">{body}<figcaption>{alt}</figcaption></figure>'
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        kinds = [' class="text"' if number in text_columns else "" for number in range(len(values))]
+        return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{cells("th", headings)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _accuracy_table(rows: dict[str, MethodResult]) -> str:
+    steps = next(iter(rows.values())).curve.time_steps
+    headings = ["method", "network", "ANN %", "hidden steps", *[f"T = {t}" for t in steps]]
+    lines = [
+        [
+            name,
+            row.network,
+            f"{100 * row.ann_accuracy:.2f}",
+            str(row.curve.hidden_steps),
+            *[f"{100 * a:.2f}" for a in row.curve.accuracy],
+        ]
+        for name, row in rows.items()
+    ]
+    return _table(headings, lines, (0, 1))
+
+
+def _points_table(rows: dict[str, MethodResult]) -> str:
+    kinds = ("clipping", "quantization", "timing")
+    lines = [
+        [name, f"{100 * p.ann:.2f}", *[f"{0.0 - 100 * getattr(p, kind):+.2f}" for kind in kinds], f"{100 * p.snn:.2f}"]
+        for name, row in rows.items()
+        if (p := row.points) is not None
+    ]
+    return _table(["method", "ANN %", *kinds, "SNN %"], lines)
+
+
+def _method_section(name: str, row: MethodResult, opened: bool) -> str:
+    headings = ["layer", "theta", *KINDS, "total", "over-firing", "under-firing", "saturated"]
+    lines = []
+    for layer, errors in row.errors.layers.items():
+        shares = [getattr(errors, kind).rms / errors.signal if errors.signal else 0.0 for kind in (*KINDS, "total")]
+        shares += [errors.over_firing, errors.under_firing, errors.saturated]
+        lines.append([layer, f"{errors.theta:.3g}", *[f"{100 * share:.1f}" for share in shares]])
+    table = _table(headings, lines)
+    note = "<p class=small>Errors: root-mean-square in % of the layer's signal. Shares of neurons in %.</p>"
+    words = f"<blockquote>{escape(row.errors.words())}</blockquote>"
+    state = " open" if opened else ""
+    bars = _figure(figures.error_bars(row.errors))
+    return f"<details{state}><summary>{escape(name)}</summary>{words}{bars}{table}{note}</details>"
+
+
+def _energy_table(rows: dict[str, MethodResult]) -> str:
+    headings = ["method", "spikes an image", "synaptic operations", "multiply-accumulates", "SNN µJ", "ANN µJ"]
+    lines = []
+    for name, row in rows.items():
+        e = row.energy
+        counts = [f"{e.spikes:,.0f}", f"{e.synaptic_operations:,.0f}", f"{e.snn_macs:,.0f}"]
+        lines.append([name, *counts, f"{e.snn_microjoule:.2f}", f"{e.ann_microjoule:.2f}"])
+    return _table(headings, lines)
+
+
+def _sources(rows: dict[str, MethodResult]) -> str:
+    items = "".join(
+        f"<li><b>{escape(name)}</b>: {escape(methods.get(name).source)}</li>" for name in rows if name in methods.METHODS
+    )
+    note = (
+        "MiCE (Ho &amp; Chang, IEEE JETCAS 2023), which trains all three errors away together, is what micelab is built towards; "
+        "its full text is not openly available, and whatever micelab says of it is a reconstruction."
+    )
+    return f"<ul>{items}</ul><p class=small>{note}</p>"
