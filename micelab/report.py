@@ -64,8 +64,8 @@ def _page(result: Comparison, command: str) -> str:
         _accuracy_table(rows),
         f"<h2>Where do the points go, at T = {result.time_steps}?</h2>",
         "<p>Three networks stand between the ANN and the spiking one, each with one error more than the last: activations "
-        "limited to theta (clipping), put on T + 1 levels (quantization), and sent as spikes in their order (timing). The losses sum "
-        "to the whole.</p>",
+        "limited to theta (clipping), put on T + 1 levels (quantization), and sent as spikes in their order (timing). The losses "
+        "sum to the whole.</p>",
         _points_table(rows),
     ]
     if rows[best].points is not None:

@@ -1,0 +1,98 @@
+"""Comparison, figures and report: the page holds what was measured, and opens without network."""
+
+import json
+import re
+
+import pytest
+
+import micelab
+from micelab import figures
+from micelab.checkpoint import CheckpointError
+from micelab.compare import compare, fitting
+from micelab.errors import KINDS
+from micelab.pictures import COLOURS, curve_and_errors
+from micelab.report import write_report
+
+
+@pytest.fixture(scope="module")
+def result():
+    data = micelab.load_data("digits")
+    networks = fitting({"relu": micelab.small_cnn(), "quant_clip": micelab.small_cnn(activation="quant_clip")})
+    return compare(networks, data, time_steps=(1, 2, 4), explain_at=4, limit=40, error_images=20)
+
+
+def test_each_method_takes_the_network_it_is_meant_for():
+    nets = {
+        "relu": micelab.small_cnn(),
+        "clip": micelab.small_cnn(activation="clip"),
+        "quant_clip": micelab.small_cnn(activation="quant_clip"),
+    }
+    chosen = fitting(nets)
+    assert {name: next(kind for kind, net in nets.items() if net is chosen[name]) for name in chosen} == {
+        "max": "relu",
+        "percentile": "relu",
+        "mse": "relu",
+        "tcl": "clip",
+        "qcfs": "quant_clip",
+    }
+    assert set(fitting({"relu": nets["relu"]})) == {"max", "percentile", "mse"}
+    assert fitting({"quant_clip": nets["quant_clip"]})["tcl"] is nets["quant_clip"]
+
+
+def test_points_lost_and_the_curve_tell_the_same_story(result):
+    for row in result.results.values():
+        assert row.points.snn == pytest.approx(row.curve.at(4))
+        assert row.points.ann == pytest.approx(row.ann_accuracy)
+    assert json.loads(json.dumps(result.to_dict()))["results"].keys() == result.results.keys()
+
+
+def test_the_accuracy_figure_holds_the_curve_and_says_it_in_words(result):
+    curve = result.results["qcfs"].curve
+    figure = figures.accuracy_over_time([curve], 0.9)
+    assert list(figure.data[0].x) == [1, 2, 4]
+    assert list(figure.data[0].y) == pytest.approx([100 * a for a in curve.accuracy])
+    assert f"{100 * curve.accuracy[-1]:.1f} %" in figure.layout.meta["alt"]
+
+
+def test_the_error_figure_has_one_colour_for_each_kind_of_error(result):
+    table = result.results["qcfs"].errors
+    figure = figures.error_bars(table)
+    assert {trace.name: trace.marker.color for trace in figure.data[:4]} == COLOURS
+    assert tuple(COLOURS) == KINDS
+    for trace in figure.data[:4]:
+        assert list(trace.x) == list(table.layers)
+        assert list(trace.y) == pytest.approx([100 * getattr(e, trace.name).rms / e.signal for e in table.layers.values()])
+
+
+def test_the_waterfall_ends_at_the_spiking_networks_accuracy(result):
+    points = result.results["max"].points
+    figure = figures.lost_points_waterfall(points)
+    assert figure.data[0].y[0] == pytest.approx(100 * points.ann)
+    assert figure.data[-1].y[0] == pytest.approx(100 * points.snn)
+    ends = {trace.x[0]: (trace.base[0], trace.base[0] + trace.y[0]) for trace in figure.data[1:4]}
+    assert min(abs(end - 100 * points.snn) for end in ends["timing"]) < 1e-9
+
+
+def test_the_page_loads_nothing_and_names_every_method_layer_and_circumstance(result, tmp_path):
+    page = write_report(tmp_path / "report.html", result, "micelab demo <script>alert(1)</script>").read_text()
+    loads = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?(?!data:)([^">]+)', page)
+    assert loads == []
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    for name, row in result.results.items():
+        assert f"<summary>{name}</summary>" in page
+        for layer in row.errors.layers:
+            assert layer in page
+    assert result.machine in page
+    assert f"{100 * result.results['qcfs'].curve.at(4):.2f}" in page
+
+
+def test_a_page_that_cannot_be_written_says_so(result, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        write_report(tmp_path / "file" / "report.html", result, "micelab demo")
+
+
+def test_the_still_picture_is_a_png(result):
+    row = result.results["qcfs"]
+    assert curve_and_errors([row.curve], row.errors, row.ann_accuracy, mark=2).startswith(b"\x89PNG")
