@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from micelab import figures, pictures
@@ -125,7 +125,8 @@ def _strip(images: Tensor, captions: Sequence[str], right: Sequence[bool]) -> st
 
 
 def _png_of(image: Tensor) -> bytes:
-    from torchvision.io import encode_png
+    from torchvision.transforms.v2.functional import to_pil_image
 
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
-    return bytes(encode_png(pixels).numpy())
+    out = io.BytesIO()
+    to_pil_image(image.clamp(0, 1).cpu()).save(out, "PNG")
+    return out.getvalue()
