@@ -106,7 +106,8 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
 
 def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
     """The activations by name, from input to output."""
-    return {node.target: traced.get_submodule(node.target) for node in traced.graph.nodes if is_activation(traced, node)}
+    nodes = [node for node in traced.graph.nodes if is_activation(traced, node)]
+    return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
 
 
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -370,10 +371,12 @@ class LayerRunner(fx.Interpreter):
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, (InputError, torch.OutOfMemoryError)) or "out of memory" in str(error):
                 raise
-            raise InputError(f"layer `{n.target}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}") from error
+            raise InputError(
+                f"layer `{_call_name(n)}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}"
+            ) from error
         if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
             raise InputError(
-                f"layer `{n.target}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
+                f"layer `{_call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
                 "keep dimension 0 as it is"
             )
         return out
