@@ -9,13 +9,13 @@ export MICELAB_DATA := $(DATA)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help lab test demo lint clean
+.PHONY: help lab test demo notebooks lint clean
 .SECONDARY:
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@echo "make TARGET [PYTHON=python3.12] [DATA=folder of the data sets]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab
 	$(BIN)/python -m jupyter lab notebooks
@@ -29,6 +29,9 @@ endif
 
 demo: .venv/with-figures  ## Set up, then train, convert, simulate and explain a network on real digits
 	$(BIN)/python -m micelab demo
+
+notebooks: .venv/with-test  ## Set up, then re-run every notebook from a fresh kernel and store its outputs
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py
 
 lint: .venv/with-test  ## Set up, then check style and types only
 	$(BIN)/python -m ruff check .

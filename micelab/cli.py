@@ -187,6 +187,7 @@ def evaluate(
     calibration_images: CalibrationOption = 256,
     out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.")] = None,
     report: ReportOption = None,
+    picture: Annotated[Path | None, typer.Option(help="Also write a PNG: accuracy over time, errors of the best method.")] = None,
     data: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -212,6 +213,12 @@ def evaluate(
         from micelab.checkpoint import write_whole
 
         write_whole(out, (json.dumps({"command": _command()} | result.to_dict(), indent=1) + "\n").encode())
+    if picture is not None:
+        from micelab.checkpoint import write_whole
+        from micelab.pictures import curve_and_errors
+
+        best = result.best()
+        write_whole(picture, curve_and_errors([row.curve for row in result.results.values()], best.errors, best.ann_accuracy))
     _show(result, report, as_json)
 
 
@@ -235,7 +242,7 @@ def explain(
     found = load_data(_dataset_of(ann, dataset), data)
     steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
     result = compare(networks, found, "validation", steps, time_steps, images, images, calibration_images, progress=True)
-    _show(result, report, as_json, explain=True)
+    _show(result, report, as_json)
 
 
 @command(epilog="Examples: `micelab data cifar10` · `micelab data path/to/folder`")
@@ -255,7 +262,7 @@ def data(
     typer.echo(json.dumps(words, indent=1) if as_json else tables.data_words(found))
 
 
-def _show(result: Any, report: Path | None, as_json: bool, explain: bool = False) -> None:
+def _show(result: Any, report: Path | None, as_json: bool) -> None:
     from micelab import tables
 
     page = None
@@ -266,7 +273,7 @@ def _show(result: Any, report: Path | None, as_json: bool, explain: bool = False
     if as_json:
         typer.echo(json.dumps({"command": _command()} | result.to_dict(), indent=1))
     else:
-        tables.show(result, explain)
+        tables.show(result)
         if page is not None:
             tables.say(f"The whole story, with interactive figures: {page}")
 
@@ -302,7 +309,7 @@ def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str,
     import micelab
     from micelab.compare import fitting
 
-    loaded = [micelab.load(name) for name in checkpoints]
+    loaded: list[Any] = [micelab.load(name) for name in checkpoints]
     for name, model in zip(checkpoints, loaded, strict=True):
         if "activation" not in model.spec:
             raise InputError(f"{name} is a spiking network already: give the trained network it was made from")

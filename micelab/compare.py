@@ -57,6 +57,12 @@ class Comparison:
     machine: str
     results: dict[str, MethodResult]
 
+    def best(self) -> MethodResult:
+        """The method that is most accurate at the T of the error tables, or at the measured T next to it."""
+        measured = next(iter(self.results.values())).curve.time_steps
+        nearest = min(measured, key=lambda t: abs(t - self.time_steps))
+        return max(self.results.values(), key=lambda row: row.curve.at(nearest))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and names, with its circumstances."""
         return {

@@ -50,7 +50,7 @@ def write_report(path: str | Path, result: Comparison, command: str) -> Path:
 
 def _page(result: Comparison, command: str) -> str:
     rows = result.results
-    best = max(rows, key=lambda name: rows[name].curve.accuracy[-1])
+    best = result.best().curve.method
     first = next(iter(rows.values()))
     same = len({row.ann_accuracy for row in rows.values()}) == 1
     curves = figures.accuracy_over_time([row.curve for row in rows.values()], first.ann_accuracy if same else None)
@@ -68,10 +68,9 @@ def _page(result: Comparison, command: str) -> str:
         "sum to the whole.</p>",
         _points_table(rows),
     ]
-    if rows[best].points is not None:
-        parts.append(
-            _figure(figures.lost_points_waterfall(rows[best].points, f"{best}: where the points go at T = {result.time_steps}"))
-        )
+    if (lost := rows[best].points) is not None:
+        waterfall = figures.lost_points_waterfall(lost, f"{best}: where the points go at T = {result.time_steps}")
+        parts.append(_figure(waterfall))
     parts.append(f"<h2>Which layer, and why?</h2><p>Errors over {result.error_images} images.</p>")
     parts += [_method_section(name, row, opened=name == best) for name, row in rows.items()]
     parts += ["<h2>Spikes and energy</h2>", _energy_table(rows), f"<p class=small>{escape(ENERGY_ASSUMPTIONS)}</p>"]

@@ -21,16 +21,17 @@ def say(words: str) -> None:
     _console.print(words, markup=False)
 
 
-def show(result: Comparison, explain: bool = False) -> None:
-    """Accuracy over T, lost points, energy, and the error table of the best method (of the only one, for `explain`)."""
+def show(result: Comparison) -> None:
+    """Accuracy over T, lost points, energy, and the error table of the best method."""
     say(f"\n{result.dataset}, {result.images:,} {result.split} images; {result.size}")
     say(f"{result.machine}")
     _console.print(accuracy_table(result))
     at = result.time_steps
     _console.print(points_table(result))
-    best = max(result.results, key=lambda name: result.results[name].curve.accuracy[-1])
-    shown = result.results[best]
-    say(f"Method {best}: errors of each layer at T = {at} over {result.error_images} images, rms in % of the layer's signal:")
+    shown = result.best()
+    say(
+        f"Method {shown.curve.method}: errors of each layer at T = {at} over {result.error_images} images, rms in % of the layer's signal:"
+    )
     _console.print(error_table(shown.errors))
     say(shown.errors.words())
     say("\n" + ENERGY_ASSUMPTIONS)

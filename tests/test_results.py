@@ -1,0 +1,79 @@
+"""What is shipped: checkpoints that load and hold what their cards say, and a README that shows the stored results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import micelab
+from micelab.data import to_float
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINTS = ROOT / "data" / "checkpoints"
+RESULTS = ROOT / "data" / "results" / "cifar10-accuracy-over-time.json"
+NAMES = ("resnet20a-cifar10-relu", "resnet20a-cifar10-qcfs")
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    try:
+        return micelab.load_data("cifar10", download=False)
+    except micelab.MicelabError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_card_tells_recipe_seed_machine_accuracies_and_command(name):
+    card = micelab.load(name, CHECKPOINTS).card
+    assert card == json.loads((CHECKPOINTS / f"{name}.json").read_text())
+    assert card["recipe"]["epochs"] >= 60
+    assert {"seed", "lr", "augment", "precision"} <= card["recipe"].keys()
+    assert card["machine"]
+    assert card["command"].startswith("micelab train --dataset cifar10")
+    assert card["images"]["test"] == 10_000
+    assert 0.9 < card["test_accuracy"] < 1
+    assert 0.9 < card["validation_accuracy"] < 1
+
+
+@pytest.mark.cifar
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_network_classifies_as_its_card_says(name, cifar10):
+    model = micelab.load(name, CHECKPOINTS)
+    part = cifar10.test.head(1000)
+    found = micelab.train.accuracy(model, part)
+    assert found == pytest.approx(model.card["test_accuracy"], abs=0.025)  # 1,000 of 10,000 images: three standard errors
+
+
+@pytest.mark.cifar
+def test_the_stored_curve_is_what_a_simulation_gives(cifar10):
+    stored = json.loads(RESULTS.read_text())["results"]["qcfs"]
+    snn = micelab.convert(micelab.load("resnet20a-cifar10-qcfs", CHECKPOINTS), "qcfs")
+    curve = micelab.accuracy_curve(snn, cifar10.test.head(500).batches(), (1, 2, 4, 8))
+    wanted = dict(zip(stored["curve"]["time_steps"], stored["curve"]["accuracy"], strict=True))
+    for t, found in zip(curve.time_steps, curve.accuracy, strict=True):
+        spread = 3.5 * (wanted[t] * (1 - wanted[t]) / 500) ** 0.5
+        assert found == pytest.approx(wanted[t], abs=spread)
+
+
+@pytest.mark.cifar
+def test_on_cifar_the_four_terms_sum_and_the_first_layer_has_no_timing_error(cifar10):
+    ann = micelab.load("resnet20a-cifar10-qcfs", CHECKPOINTS)
+    snn = micelab.convert(ann, "qcfs")
+    table = micelab.error_breakdown(ann, snn, to_float(cifar10.test.images[:16]), 4)
+    for layer in table.layers.values():
+        terms = sum(getattr(layer, kind).mean for kind in ("timing", "quantization", "clipping", "inherited"))
+        assert terms == pytest.approx(layer.total.mean, abs=1e-5)
+    assert next(iter(table.layers.values())).timing.rms == 0
+
+
+def test_the_readme_shows_the_stored_results_digit_for_digit():
+    stored = json.loads(RESULTS.read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert stored["images"] == 10_000
+    assert stored["split"] == "test"
+    assert stored["command"] in readme
+    for name, row in stored["results"].items():
+        numbers = [row["ann_accuracy"], *row["curve"]["accuracy"]]
+        cells = " | ".join(f"{100 * number:.2f}" for number in numbers)
+        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        assert cells in line
