@@ -112,7 +112,7 @@ def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
 
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
-    return node.op == "call_module" and isinstance(traced.get_submodule(node.target), (*ACTIVATIONS, IntegrateFire))
+    return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), (*ACTIVATIONS, IntegrateFire))
 
 
 def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module], nn.Module]) -> fx.GraphModule:
@@ -369,7 +369,9 @@ class LayerRunner(fx.Interpreter):
                 return self.activate(str(n.target), self.fetch_attr(str(n.target)), args[0])
             out = super().run_node(n)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if isinstance(error, (InputError, torch.OutOfMemoryError)) or "out of memory" in str(error):
+            if isinstance(error, InputError):
+                raise InputError(f"layer `{_call_name(n)}`: {error}") from error
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise
             raise InputError(
                 f"layer `{_call_name(n)}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}"

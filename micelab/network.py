@@ -142,11 +142,10 @@ class SpikingNetwork(nn.Module):
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:
             raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
-        images = check_images(images)
         own = next(chain(self.layers.parameters(), self.layers.buffers()))
-        if images.device != own.device:
+        if isinstance(images, Tensor) and images.device != own.device:
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
-        images = images.to(own.dtype)
+        images = check_images(images).to(own.dtype)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
     def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:

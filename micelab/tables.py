@@ -26,12 +26,10 @@ def show(result: Comparison) -> None:
     say(f"\n{result.dataset}, {result.images:,} {result.split} images; {result.size}")
     say(f"{result.machine}")
     _console.print(accuracy_table(result))
-    at = result.time_steps
     _console.print(points_table(result))
     shown = result.best()
-    say(
-        f"Method {shown.curve.method}: errors of each layer at T = {at} over {result.error_images} images, rms in % of the layer's signal:"
-    )
+    over = f"over {result.error_images} images, rms in % of its signal"
+    say(f"{shown.curve.method}: errors of each layer at T = {result.time_steps} {over}:")
     _console.print(error_table(shown.errors))
     say(shown.errors.words())
     say("\n" + ENERGY_ASSUMPTIONS)

@@ -158,7 +158,7 @@ def grow(x, y):
 
 @pytest.mark.parametrize("kind", AFFINE)
 def test_affine_parts_convert_and_agree_in_the_ann_and_over_time(kind):
-    parts = dict(drop=nn.Dropout2d(), same=nn.Identity(), inplace=nn.ReLU(inplace=True))
+    parts = {"drop": nn.Dropout2d(), "same": nn.Identity(), "inplace": nn.ReLU(inplace=True)}
     net = seeded(lambda: Net(AFFINE[kind], **parts))
     net.grow = grow
     agrees(net)
@@ -179,7 +179,7 @@ def test_a_torchvision_resnet_converts_once_its_max_pool_is_an_average():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=5).eval()
-    with pytest.raises(ConversionError, match="`maxpool` is nn.MaxPool2d.*AvgPool2d"):
+    with pytest.raises(ConversionError, match=r"`maxpool` is nn.MaxPool2d.*AvgPool2d"):
         trace(net)
     net.maxpool = nn.AvgPool2d(2)
     images = torch.rand(2, 3, 32, 32)

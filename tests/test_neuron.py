@@ -41,7 +41,7 @@ def test_charge_is_conserved_and_counts_stay_within_the_steps(steps, theta, v0, 
     given_in, kept = theta * v0 + current.double().sum(0), theta * count.double() + residual.double()
     moved = theta + current.double().abs().sum(0)  # the charge that went through: what rounding is relative to
     assert float(((given_in - kept).abs() / moved).max()) < 1e-5
-    assert 0 <= int(count.min())
+    assert int(count.min()) >= 0
     assert int(count.max()) <= steps
     assert set(spikes.unique().tolist()) <= ({-1.0, 0.0, 1.0} if signed else {0.0, 1.0})
 
