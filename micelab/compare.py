@@ -106,12 +106,14 @@ def compare(
             accuracies[id(ann)] = accuracy(ann, chosen)
         snn = convert(ann, name, calibration, **{"time_steps": explain_at} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
+        curve = accuracy_curve(snn, batches, time_steps)
+        known = curve.at(explain_at) if explain_at in curve.time_steps else None
         results[name] = MethodResult(
             network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
             ann_accuracy=accuracies[id(ann)],
-            curve=accuracy_curve(snn, batches, time_steps),
+            curve=curve,
             errors=error_breakdown(ann, snn, images, explain_at),
-            points=lost_points(ann, snn, chosen.batches(), explain_at) if points else None,
+            points=lost_points(ann, snn, chosen.batches(), explain_at, known) if points else None,
             energy=energy(snn, images, explain_at),
         )
     first = next(iter(networks.values()))
