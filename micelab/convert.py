@@ -72,7 +72,7 @@ def convert(
             samples, highest = samples.reshape(1, -1), highest.max().reshape(1)
         theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, start))
         if chosen.calibrates:
-            theta = torch.where(theta > 0, theta, highest.max())  # a silent channel gets the layer's largest
+            theta = torch.where((theta > 0) & (highest > 0), theta, highest.max())  # a silent channel gets the layer's largest
         theta = theta.reshape(()) if theta.numel() == 1 else theta
         return IntegrateFire(theta, start, chosen.signed if signed is None else signed, layer=name)
 

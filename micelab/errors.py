@@ -147,8 +147,15 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
             with torch.inference_mode():
                 collector.run(part)
                 for name, layer in run.layers.items():
+                    if layer.residual.shape != collector.inputs[name].shape:
+                        raise InputError(
+                            f"the networks do not match: layer `{name}` has neurons {tuple(layer.residual.shape)}, the ANN's "
+                            f"activation {tuple(collector.inputs[name].shape)}; convert this very ANN"
+                        )
                     sums[name].add(layer, collector.inputs[name])
             seen += len(part)
+    if not seen:
+        raise InputError("there are no images: give a tensor [N, C, H, W] or batches of them")
     layers = {name: total.errors(_clips_alike(collector.activations[name], snn.neurons[name])) for name, total in sums.items()}
     return ErrorTable(layers, time_steps, seen, snn.method)
 

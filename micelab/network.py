@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.graph import LayerRunner, activations, check_images, is_activation, is_fresh, is_size
 from micelab.neuron import IntegrateFire, fire
@@ -41,7 +42,7 @@ class LayerRun:
     @property
     def rate(self) -> Tensor:
         """theta*n/T in activation units, [N, ...]: what the layer says."""
-        return self.count * self._theta() / self.time_steps
+        return self.count.to(self.residual.dtype) * self._theta() / self.time_steps
 
     @property
     def spike_rate(self) -> float:
@@ -49,7 +50,7 @@ class LayerRun:
         return float(self.count.double().mean()) / self.time_steps
 
     def _theta(self) -> Tensor:
-        return self.theta.view(-1, *[1] * (self.count.dim() - 2)) if self.theta.dim() else self.theta
+        return over_channels(self.theta, self.residual)
 
     def to_dict(self) -> dict[str, Any]:
         """Summary in plain numbers."""

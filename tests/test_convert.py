@@ -1,0 +1,185 @@
+"""Conversion: thresholds from data and from training, options, calibration in every form, and what is out of range."""
+
+import copy
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import micelab
+from micelab import methods
+from micelab.activation import TrainableClip
+from micelab.convert import convert
+from micelab.exceptions import ConversionError, InputError
+from micelab.models import small_cnn
+
+IMAGES = torch.rand(70, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(activation="relu", **options):
+    torch.manual_seed(0)
+    ann = small_cnn(activation=activation, **options)
+    with torch.no_grad():
+        ann.train()(IMAGES)
+    return ann.eval()
+
+
+def first_input(ann):
+    """What the first activation receives, [C, M], unfolded."""
+    with torch.no_grad():
+        z = ann.stem[1](ann.stem[0](ann.normalize(IMAGES)))
+    return z.transpose(0, 1).flatten(1).numpy()
+
+
+def test_thresholds_of_a_layer_equal_numpys_over_all_calibration_images():
+    ann = network()
+    z = first_input(ann)
+    assert convert(ann, "max", IMAGES).neurons["stem.2"].theta.item() == pytest.approx(z.max(), rel=1e-5)
+    theta = convert(ann, "percentile", IMAGES, percentile=97.0).neurons["stem.2"].theta.item()
+    assert theta == pytest.approx(np.percentile(np.maximum(z, 0), 97), rel=1e-4)
+
+
+def test_thresholds_of_channels_equal_numpys_channel_by_channel():
+    ann = network()
+    z = first_input(ann)
+    theta = convert(ann, "max", IMAGES, per_channel=True).neurons["stem.2"].theta
+    np.testing.assert_allclose(theta.numpy(), z.max(1), rtol=1e-4)
+    assert theta.shape == (16,)
+
+
+@pytest.mark.parametrize("method", ["max", "percentile", "mse"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_tensor_and_a_loader_of_any_batches_give_the_same_thresholds(method, per_channel):
+    ann = network()
+    labels = torch.zeros(70)
+    loader = [(IMAGES[:7], labels[:7]), (IMAGES[7:50], labels[7:50]), (IMAGES[50:], labels[50:])]
+    forms = [IMAGES, loader, iter(loader), IMAGES.split(9), [IMAGES.double()]]
+    thetas = [convert(ann, method, form, per_channel=per_channel).state_dict()["layers.blocks.2.2.theta"] for form in forms]
+    for theta in thetas[1:]:
+        torch.testing.assert_close(theta, thetas[0], rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_few_where_data_are_many_and_the_maximum_still_sees_all(monkeypatch):
+    ann = network()
+    full = convert(ann, "percentile", IMAGES, percentile=90)
+    largest = convert(ann, "max", IMAGES)
+    monkeypatch.setattr(importlib.import_module("micelab.convert"), "SAMPLES", 2000)
+    few = convert(ann, "percentile", IMAGES, percentile=90)
+    for name, neuron in few.neurons.items():
+        assert neuron.theta != full.neurons[name].theta
+        assert neuron.theta.item() == pytest.approx(full.neurons[name].theta.item(), rel=0.2)
+        assert convert(ann, "max", IMAGES).neurons[name].theta == largest.neurons[name].theta
+
+
+@pytest.mark.parametrize("method", ["tcl", "qcfs"])
+def test_trained_bounds_become_thresholds_without_any_data(method):
+    ann = network("quant_clip", theta=1.5)
+    ann.blocks[1][2] = TrainableClip(0.75, channels=32)
+    snn = convert(ann, method)
+    assert snn.neurons["stem.2"].theta.item() == pytest.approx(1.5)
+    torch.testing.assert_close(snn.neurons["blocks.1.2"].theta, torch.full((32,), 0.75))
+    assert all(neuron.v0 == methods.get(method).v0 for neuron in snn.neurons.values())
+    with pytest.raises(ConversionError, match=r"layer `stem\.2` is nn\.ReLU and has no trained bound"):
+        convert(network(), method)
+
+
+def test_a_bound_that_training_drove_to_zero_is_named():
+    ann = network("clip")
+    ann.stem[2].log_theta.data.fill_(-200)
+    with pytest.raises(InputError, match=r"layer `stem\.2`: theta holds 0"):
+        convert(ann, "tcl")
+
+
+def test_start_and_kind_of_neuron_can_be_chosen():
+    ann = network()
+    for v0 in (0, 0.25, 1):
+        assert all(neuron.v0 == v0 for neuron in convert(ann, "mse", IMAGES, v0=v0).neurons.values())
+    assert all(neuron.signed for neuron in convert(ann, "max", IMAGES, signed=True).neurons.values())
+    assert not any(neuron.signed for neuron in convert(ann, "max", IMAGES).neurons.values())
+
+
+def test_the_search_for_the_threshold_depends_on_the_number_of_steps():
+    few, many = (convert(network(), "mse", IMAGES, time_steps=steps) for steps in (1, 32))
+    assert (few.time_steps, many.time_steps) == (1, 32)
+    assert few.neurons["stem.2"].theta < many.neurons["stem.2"].theta
+
+
+def test_a_silent_channel_gets_the_largest_threshold_of_its_layer():
+    ann = network()
+    ann.stem[1].weight.data[3], ann.stem[1].bias.data[3] = 0, -1
+    for method in ("max", "percentile", "mse"):
+        theta = convert(ann, method, IMAGES, per_channel=True).neurons["stem.2"].theta
+        assert theta[3] == convert(ann, "max", IMAGES).neurons["stem.2"].theta
+
+
+def test_a_silent_layer_is_named():
+    ann = network()
+    ann.stem[1].weight.data.zero_()
+    ann.stem[1].bias.data.fill_(-1)
+    with pytest.raises(ConversionError, match=r"layer `stem\.2` is never above 0"):
+        convert(ann, "max", IMAGES)
+
+
+def test_long_simulations_reach_the_ann():
+    ann = network()
+    with torch.no_grad():
+        expected = ann(IMAGES[:8])
+    for fold in (True, False):
+        logits = convert(ann, "max", IMAGES, v0=0.5, fold=fold).simulate(IMAGES[:8], 512, record=False).logits[-1]
+        assert float((logits - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("activation", ["relu", "clip", "quant_clip"])
+def test_networks_in_double_precision_convert_and_simulate(activation):
+    ann = network(activation).double()
+    snn = convert(ann, "max" if activation == "relu" else "tcl", IMAGES)
+    assert snn.simulate(IMAGES, 4).logits.dtype == torch.float64
+    assert micelab.error_breakdown(ann, snn, IMAGES.double(), 4).layers["stem.2"].timing.rms == 0
+
+
+def test_caller_keeps_network_and_images_as_they_were():
+    ann, images = network("quant_clip").train(), IMAGES.clone()
+    before = copy.deepcopy(ann.state_dict())
+    snn = convert(ann, "mse", images)
+    for neuron in snn.neurons.values():
+        neuron.theta.add_(1)
+    for parameter in snn.parameters():
+        assert not parameter.requires_grad
+        parameter.add_(1)
+    assert torch.equal(images, IMAGES)
+    assert ann.training
+    assert all(parameter.requires_grad for parameter in ann.parameters())
+    assert all(torch.equal(value, ann.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"time_steps": 0}, "time_steps is 0"),
+        ({"time_steps": 2.5}, "time_steps is 2.5"),
+        ({"v0": -0.1}, "v0 is -0.1"),
+        ({"v0": float("nan")}, "v0 is nan"),
+        ({"percentile": 0.0}, "percentile is 0"),
+        ({"percentile": 101.0}, "percentile is 101"),
+        ({"calibration": None}, "give calibration=images"),
+        ({"calibration": 5}, "calibration is a int"),
+        ({"calibration": []}, "calibration holds no images"),
+        ({"calibration": [{"image": 1}]}, "images are a dict"),
+        ({"calibration": torch.zeros(0, 1, 8, 8)}, "at least one image"),
+        ({"calibration": torch.tensor(1.0)}, "at least one image"),
+        ({"calibration": (IMAGES * 255).byte()}, "images.float"),
+        ({"calibration": IMAGES.repeat(1, 3, 1, 1)}, r"layer `stem\.0` cannot take input of shape \(64, 3, 8, 8\)"),
+        ({"calibration": IMAGES.log()[:0].repeat(2, 1, 1, 1)}, "at least one image"),
+        ({"calibration": torch.full_like(IMAGES, torch.nan)}, "image 0 of the batch holds NaN"),
+    ],
+)
+def test_options_out_of_range_are_refused_in_words(options, text):
+    with pytest.raises(InputError, match=text):
+        convert(network(), "percentile", **{"calibration": IMAGES} | options)
+
+
+def test_what_cannot_be_converted_is_named():
+    with pytest.raises(ConversionError, match=r"layer `1` is nn\.GELU"):
+        convert(nn.Sequential(nn.Linear(3, 3), nn.GELU()), "max", IMAGES)
