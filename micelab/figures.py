@@ -90,9 +90,13 @@ def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Fi
     for kind in kinds:
         lost = 100 * getattr(points, kind)
         figure.add_bar(
-            x=[kind], y=[abs(lost)], base=[min(level, level - lost)], marker_color=COLOURS[kind], text=[f"{0.0 - lost:+.1f}"],
+            x=[kind],
+            y=[abs(lost)],
+            base=[min(level, level - lost)],
+            marker_color=COLOURS[kind],
+            text=[f"{0.0 - round(lost, 1):+.1f}"],
             textposition="outside",
-        )  # fmt: skip
+        )
         level -= lost
     figure.add_bar(
         x=["SNN"], y=[100 * points.snn], marker_color=_TOTAL, text=[f"{100 * points.snn:.1f} %"], textposition="outside"

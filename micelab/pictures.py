@@ -34,7 +34,8 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     left.set_xscale("log", base=2)
     left.set_xticks(steps, [str(t) for t in steps])
     left.set(xlabel="true steps T", ylabel="accuracy (%)", title="accuracy over time")
-    left.legend(frameon=False, fontsize=8)
+    left.set_ylim(0, 100)
+    picture.legend(*left.get_legend_handles_labels(), loc="outside lower left", frameon=False, ncols=8, fontsize=9)
     width = 0.8 / len(KINDS)
     for number, (kind, values) in enumerate(relative_errors(table).items()):
         places = [i + (number - (len(KINDS) - 1) / 2) * width for i in range(len(values))]

@@ -118,7 +118,7 @@ def _accuracy_table(rows: dict[str, MethodResult]) -> str:
 def _points_table(rows: dict[str, MethodResult]) -> str:
     kinds = ("clipping", "quantization", "timing")
     lines = [
-        [name, f"{100 * p.ann:.2f}", *[f"{0.0 - 100 * getattr(p, kind):+.2f}" for kind in kinds], f"{100 * p.snn:.2f}"]
+        [name, f"{100 * p.ann:.2f}", *[f"{0.0 - round(100 * getattr(p, kind), 2):+.2f}" for kind in kinds], f"{100 * p.snn:.2f}"]
         for name, row in rows.items()
         if (p := row.points) is not None
     ]

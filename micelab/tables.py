@@ -61,7 +61,7 @@ def points_table(result: Comparison) -> Table:
         lost = ["-"] * 5
         if points is not None:
             lost = [f"{100 * points.ann:.2f}"]
-            lost += [f"{0.0 - 100 * getattr(points, kind):+.2f}" for kind in ("clipping", "quantization", "timing")]
+            lost += [f"{0.0 - round(100 * getattr(points, kind), 2):+.2f}" for kind in ("clipping", "quantization", "timing")]
             lost += [f"{100 * points.snn:.2f}"]
         rate = sum(row.energy.spike_rates.values()) / len(row.energy.spike_rates)
         energies = [f"{row.energy.snn_microjoule:.2f} µJ", f"{row.energy.ann_microjoule:.2f} µJ"]
