@@ -88,6 +88,16 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
     return model.eval()
 
 
+def start_from(model: nn.Module, name: str | Path) -> None:
+    """Copies the weights of a checkpoint into `model`, whose activations may be others: bounds only one of them has stay."""
+    path = find(name)
+    tensors, _ = read_tensors(path)
+    own = model.state_dict()
+    bounds = {key: value for key, value in own.items() if key.endswith("log_theta") and key not in tensors}
+    weights = {key: value for key, value in tensors.items() if key in own or not key.endswith("log_theta")}
+    load_weights(model, weights | bounds, path)
+
+
 def _restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if "ann" not in spec:
         return models.build(spec)

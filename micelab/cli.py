@@ -99,7 +99,8 @@ def train(
     theta_lr: Annotated[float, typer.Option(min=0, help="Rate of the bounds, as a share of --lr.")] = 0.1,
     warmup_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
     label_smoothing: Annotated[float, typer.Option(min=0)] = 0.0,
-    augment: Annotated[str, typer.Option(help="none, standard (crop, flip) or auto (AutoAugment, Cutout).")] = "standard",
+    augment: Annotated[str, typer.Option(help="none, standard (crop, flip), cutout, or auto (AutoAugment too).")] = "standard",
+    start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
     compile: Annotated[
@@ -129,7 +130,13 @@ def train(
     }
     for name in ("kind", "width", "activation", "theta", "epochs", "batch_size", "lr", "weight_decay", "theta_lr"):
         words[name] = locals()[name]
-    words |= {"warmup_epochs": warmup_epochs, "label_smoothing": label_smoothing, "augment": augment, "seed": seed}
+    words |= {
+        "warmup_epochs": warmup_epochs,
+        "label_smoothing": label_smoothing,
+        "augment": augment,
+        "seed": seed,
+        "start": start,
+    }
     words["compile"] = compile
     try:
         model = run(TrainConfig(**words), out, resume=resume, folder=data, command=_command())

@@ -57,6 +57,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "fp32"
     compile: bool = False
+    start: str | None = None
 
     def __post_init__(self) -> None:
         ranges = {
@@ -76,13 +77,16 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range")
 
     def build(self, data: ImageData) -> models.ImageNetwork:
-        """The untrained network, fitted to the data's channels, classes and normalization, weights drawn from `seed`."""
+        """The network to train, fitted to the data: weights drawn from `seed`, or those of the checkpoint `start`."""
         spec: dict[str, Any] = {"name": self.network, "activation": self.activation, "levels": self.levels}
         spec |= {"theta": self.theta, "num_classes": len(data.classes), "in_channels": data.shape[0]}
         spec |= {"mean": list(data.mean), "std": list(data.std)}
         spec |= {key: value for key in ("kind", "width") if (value := getattr(self, key)) is not None}
         torch.manual_seed(self.seed)
-        return models.build(spec)
+        model = models.build(spec)
+        if self.start is not None:
+            checkpoint.start_from(model, self.start)
+        return model
 
 
 def train(

@@ -13,6 +13,7 @@ import torch
 from micelab import checkpoint, train
 from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
+from micelab.models import small_cnn
 from micelab.train import TrainConfig
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
@@ -292,3 +293,23 @@ def test_a_network_or_batch_that_cannot_be_is_refused_before_anything_is_written
     with pytest.raises(InputError, match=words):
         train.train(TrainConfig(**SMALL | options), tmp_path / "run", digits)
     assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_on_from_a_checkpoint_whose_activation_may_be_another(tmp_path):
+    data = load_data("digits")
+    first = train.train(TrainConfig(activation="relu", epochs=3), tmp_path / "relu", data, progress=False)
+    start = str(tmp_path / "relu" / "model.safetensors")
+    model = TrainConfig(activation="quant_clip", theta=3.0, start=start).build(data)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert all(torch.isclose(m.theta, torch.tensor(3.0)) for m in model.modules() if hasattr(m, "log_theta"))
+    back = tmp_path / "quantized"
+    checkpoint.save(model, back)
+    assert torch.equal(TrainConfig(activation="relu", start=str(back)).build(data).head.weight, first.head.weight)
+
+
+def test_starting_from_another_network_names_what_does_not_fit(tmp_path):
+    data = load_data("digits")
+    checkpoint.save(small_cnn(width=4), tmp_path / "narrow")
+    with pytest.raises(CheckpointError, match="of another network: `"):
+        TrainConfig(start=str(tmp_path / "narrow")).build(data)
