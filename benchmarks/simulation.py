@@ -1,10 +1,12 @@
 """Images per second of the simulation, beside the convolutions alone and spikingjelly's single-step loop, in one run.
 
     pip install -e .[bench]
-    python benchmarks/simulation.py --threads 2 --out data/results/benchmark-simulation.json
+    python benchmarks/simulation.py --out data/results/benchmark-simulation.json
+    python benchmarks/simulation.py --memory --out data/results/benchmark-memory.json
 
 Same weights, thresholds and images for all; the ways alternate, `--rounds` times; medians and spread are printed, with the
-share of images whose final spike counts equal micelab's. A timing is a ratio within one run: compare no two machines by it.
+share of predictions that equal micelab's. A timing is a ratio within one run: compare no two machines by it. `--memory`
+measures the peak memory of one simulation of 1,000 images at T = 64 instead, everything that each layer did kept.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -67,6 +70,18 @@ def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int)
     return run
 
 
+def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
+    """Largest resident memory of this process, in MB, before and after T = 64 steps of 1,000 images."""
+
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+    before = resident()
+    run = snn.simulate(torch.rand(1000, 3, 32, 32), time_steps=64)
+    assert len(run.layers) == len(snn.neurons)
+    return {"time_steps": 64, "images": 1000, "before_mb": before, "peak_mb": resident()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time-steps", type=int, default=8)
@@ -74,12 +89,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", default="resnet20a-cifar10-qcfs")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     ann = micelab.load(options.checkpoint)
     snn = micelab.convert(ann, "qcfs")
+    if options.memory:
+        save(options.out, peak_memory(snn) | {"network": options.checkpoint, "machine": machine()})
+        return
     try:
         data = micelab.load_data(ann.card["dataset"], download=False)
         images = next(data.test.batches(options.batch))[0]
@@ -114,10 +133,15 @@ def main() -> None:
             same = (outputs[name].argmax(1) == outputs["micelab"].argmax(1)).float().mean()
             rows[name]["same_predictions"] = float(same)
             rows[name]["largest_logit_difference"] = float((outputs[name] - outputs["micelab"]).abs().max())
-        print(f"{name:26s} {medians[name]:8.1f} images/s  ({min(values):.1f} .. {max(values):.1f})", rows[name])
+        print(f"{name:26s} {medians[name]:8.1f} images/s  ({min(values):.1f} .. {max(values):.1f})")
     words = {"time_steps": steps, "batch": options.batch, "network": options.checkpoint, "machine": machine(), "rows": rows}
-    if options.out:
-        options.out.write_text(json.dumps(words, indent=1) + "\n")
+    save(options.out, words)
+
+
+def save(path: Path | None, words: dict) -> None:
+    print(words)
+    if path:
+        path.write_text(json.dumps(words, indent=1) + "\n")
 
 
 if __name__ == "__main__":
