@@ -18,8 +18,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; mar
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td.text { white-space: normal; min-width: 6rem; }
 figure { margin: 1rem 0; } figcaption, .small { font-size: 13px; color: #555; }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #f4f6f8; border-left: 4px solid #0072B2; white-space: pre-line; }
 code { background: #f4f4f4; padding: 0 .25em; } details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
