@@ -1,131 +1,182 @@
 """Interactive figures as pure functions: data in, plotly Figure out. Nothing below this module imports plotly.
 
-Every figure carries a sentence for those who cannot see it in `figure.layout.meta["alt"]`, made from its own numbers.
+Every figure carries a sentence for those who cannot see it in `figure.layout.meta["alt"]`, made from its own numbers. The
+colours of `COLOURS` mean the kinds of error and nothing else, so methods, networks and spikes have others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from math import ceil
 
 from torch import Tensor
 
+from micelab import methods
 from micelab.errors import KINDS, ErrorTable
-from micelab.exceptions import MicelabError
+from micelab.exceptions import InputError, MicelabError
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
 from micelab.pictures import COLOURS, relative_errors
 
 try:
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 except ImportError as error:
     raise MicelabError("figures need plotly: run `pip install micelab[figures]`") from error
 
-METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross")
-_TOTAL = "#333333"
+METHOD_COLOURS = ("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100")
+"""Lines of methods: Paul Tol's muted colours, safe for colour-blind readers, none of which means an error."""
+
+METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross", "star", "hexagon")
+TOTAL = "#333333"
+_NEUTRAL = "#7A8FA6"
+_LAYERS = "spiking layer, from input to output"
+_LOST = ("clipping", "quantization", "timing")
 
 
-def accuracy_over_time(curves: Sequence[AccuracyCurve], ann_accuracy: float | None = None, title: str | None = None) -> go.Figure:
-    """Accuracy in % over true steps (T + hidden), a line for each conversion; the ANN's own as a dashed line."""
-    figure = go.Figure()
+def accuracy_over_time(
+    curves: Sequence[AccuracyCurve], ann_accuracy: float | Mapping[str, float] | None = None, title: str | None = None
+) -> go.Figure:
+    """Accuracy in % over true steps (T + hidden), a line for each conversion, a dashed one for the ANN's own accuracy.
+
+    ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure.
+    """
+    if not curves:
+        raise InputError("there is no accuracy curve to show: give at least one")
+    figure, known = go.Figure(), list(methods.METHODS)
     for number, curve in enumerate(curves):
+        place = known.index(curve.method) if curve.method in known else len(known) + number
+        hidden = f" ({curve.hidden_steps} hidden)" if curve.hidden_steps else ""
         figure.add_scatter(
             x=list(curve.true_steps),
             y=[100 * a for a in curve.accuracy],
-            name=curve.method,
+            name=escape(curve.method + hidden, quote=False),
             mode="lines+markers",
-            line={"color": METHOD_COLOURS[number % len(METHOD_COLOURS)], "width": 2.5},
-            marker={"symbol": METHOD_SYMBOLS[number % len(METHOD_SYMBOLS)], "size": 9},
-            hovertemplate="T = %{x}: %{y:.2f} %",
+            line={"color": METHOD_COLOURS[place % len(METHOD_COLOURS)], "width": 2.5},
+            marker={"symbol": METHOD_SYMBOLS[place % len(METHOD_SYMBOLS)], "size": 9},
+            hovertemplate="%{x} true steps: %{y:.2f} %",
         )
     ticks = sorted({t for curve in curves for t in curve.true_steps})
-    if ann_accuracy is not None:
-        figure.add_hline(y=100 * ann_accuracy, line={"dash": "dash", "color": _TOTAL, "width": 1.5})
-        figure.add_annotation(
-            text=f"ANN {100 * ann_accuracy:.2f} %",
-            xref="paper",
-            x=0.01,
-            y=100 * ann_accuracy,
-            yshift=10,
-            showarrow=False,
-            xanchor="left",
+    anns = {"ANN": ann_accuracy} if isinstance(ann_accuracy, (int, float)) else dict(ann_accuracy or {})
+    for (name, value), dash in zip(anns.items(), _cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
+        figure.add_scatter(
+            x=[ticks[0], ticks[-1]],
+            y=[100 * value] * 2,
+            name=escape(f"{name} {100 * value:.1f} %", quote=False),
+            mode="lines",
+            line={"dash": dash, "color": TOTAL, "width": 1.5},
+            hovertemplate="%{y:.2f} %",
         )
     figure.update_xaxes(
-        type="log", tickvals=ticks, ticktext=[str(t) for t in ticks], title="true time-steps, T + hidden", minor_ticks=""
+        type="log", tickvals=ticks, ticktext=[str(t) for t in ticks], title="true time-steps T (hidden ones counted)"
     )
     figure.update_yaxes(title="accuracy (%)", range=[0, 103])
-    said = "; ".join(f"{c.method} reaches {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)
-    return _styled(figure, title or "Accuracy over time", f"Accuracy over time-steps: {said}.", 420)
+    said = "; ".join(f"{c.method} {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)
+    ann_said = "".join(f"; {name} {100 * value:.1f} %" for name, value in anns.items())
+    return _styled(figure, title or "Accuracy over time", f"Accuracy over time-steps: {said}{ann_said}.", 420)
 
 
 def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
-    """Each layer's four error terms side by side (rms in % of the layer's signal) and their total as a line."""
-    figure, names = go.Figure(), list(table.layers)
+    """Each layer's four error terms side by side (rms in % of the layer's signal) and their total as a line.
+
+    The terms have signs and are correlated, so their sizes do not add up to the total's: they stand beside each other.
+    Hatched clipping is the ANN's own, trained in, and costs it nothing.
+    """
+    if not table.layers:
+        raise InputError("the error table holds no layers: nothing to show")
+    figure, names = go.Figure(), _labels(table.layers)
+    hatch = ["/" if layer.trained_clip else "" for layer in table.layers.values()]
     for kind, values in relative_errors(table).items():
         figure.add_bar(
-            x=names, y=[100 * v for v in values], name=kind, marker_color=COLOURS[kind], hovertemplate="%{x}: %{y:.1f} %"
+            x=names,
+            y=[100 * v for v in values],
+            name=kind,
+            marker={"color": COLOURS[kind]} | ({"pattern": {"shape": hatch, "size": 5}} if kind == "clipping" else {}),
+            hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
         )
     figure.add_scatter(
         x=names,
         y=[100 * layer.relative for layer in table.layers.values()],
         name="total",
         mode="lines+markers",
-        line={"color": _TOTAL, "width": 1.5, "dash": "dot"},
+        line={"color": TOTAL, "width": 1.5, "dash": "dot"},
         marker={"size": 6},
-        hovertemplate="%{x}: %{y:.1f} %",
+        hovertemplate="%{x}, total: %{y:.1f} %<extra></extra>",
     )
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
-    figure.update_xaxes(tickangle=-50 if len(names) > 6 else 0, title="spiking layer, from input to output", automargin=True)
+    _layer_axis(figure, names, "; hatched: the ANN clips as well" if any(hatch) else "")
     figure.update_yaxes(title="error (rms, % of the signal)", rangemode="tozero")
-    worst = max(table.layers, key=lambda name: table.layers[name].relative)
+    worst, errors = max(table.layers.items(), key=lambda item: item[1].relative)
+    kind = max(KINDS, key=lambda k: getattr(errors, k).rms)
     alt = f"Errors of {len(names)} layers at T = {table.time_steps}: the total is largest in {worst}, "
-    alt += f"{100 * table.layers[worst].relative:.0f} % of its signal."
+    alt += f"{100 * errors.relative:.0f} % of its signal, and its largest term is {kind}."
     return _styled(figure, title or f"Errors of every layer: {table.method}, T = {table.time_steps}", alt, 460)
 
 
 def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Figure:
-    """From the ANN's accuracy down to the SNN's: the points lost to clipping, quantization and timing."""
-    kinds = ("clipping", "quantization", "timing")
-    level, figure = 100 * points.ann, go.Figure()
-    figure.add_bar(x=["ANN"], y=[level], marker_color=_TOTAL, text=[f"{level:.1f} %"], textposition="outside")
-    for kind in kinds:
-        lost = 100 * getattr(points, kind)
+    """From the ANN's accuracy to the SNN's: the points lost to clipping, quantization and timing, as hanging bars.
+
+    The axis need not start at zero, since the bars are differences and the two accuracies are marks.
+    """
+    levels = [100 * value for value in (points.ann, points.clipped, points.quantized, points.snn)]
+    figure, places = go.Figure(), ["ANN", *_LOST, "SNN"]
+    _accuracy_mark(figure, "ANN", levels[0])
+    for kind, before, after in zip(_LOST, levels, levels[1:], strict=False):
         figure.add_bar(
             x=[kind],
-            y=[abs(lost)],
-            base=[min(level, level - lost)],
+            y=[after - before],
+            base=[before],
             marker_color=COLOURS[kind],
-            text=[f"{0.0 - round(lost, 1):+.1f}"],
+            text=[f"{0.0 + round(after - before, 1):+.1f}" if round(after - before, 1) else "0.0"],
             textposition="outside",
+            hovertemplate=f"{kind}: %{{text}} points<extra></extra>",
+            cliponaxis=False,
         )
-        level -= lost
-    figure.add_bar(
-        x=["SNN"], y=[100 * points.snn], marker_color=_TOTAL, text=[f"{100 * points.snn:.1f} %"], textposition="outside"
-    )
-    figure.update_layout(showlegend=False, barmode="overlay")
-    figure.update_yaxes(title="accuracy (%)", range=[0, 112])
-    figure.update_xaxes(title=None)
-    said = ", ".join(f"{100 * getattr(points, kind):.1f} to {kind}" for kind in kinds)
-    alt = f"Accuracy falls from {100 * points.ann:.1f} % to {100 * points.snn:.1f} % at T = {points.time_steps}; lost: {said}."
+    _accuracy_mark(figure, "SNN", levels[-1])
+    for number, level in enumerate(levels):  # each accuracy leads to the next bar
+        ends = {"x0": number, "x1": number + 1, "y0": level, "y1": level}
+        figure.add_shape(type="line", **ends, line={"color": "#999999", "width": 1, "dash": "dot"}, layer="below")
+    spread = max(max(levels) - min(levels), 2.0)
+    figure.update_layout(showlegend=False, barmode="overlay", bargap=0.35)
+    figure.update_yaxes(title="accuracy (%)", range=[min(levels) - 0.2 * spread, max(levels) + 0.25 * spread])
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=places, range=[-0.5, 4.5])
+    said = ", ".join(f"{0.0 - round(100 * getattr(points, kind), 1):+.1f} by {kind}" for kind in _LOST)
+    alt = f"From the ANN's {levels[0]:.1f} % to the SNN's {levels[-1]:.1f} % at T = {points.time_steps}, in points: {said}."
     return _styled(figure, title or f"Where the points go at T = {points.time_steps}", alt, 380)
+
+
+def _accuracy_mark(figure: go.Figure, name: str, level: float) -> None:
+    figure.add_scatter(
+        x=[name],
+        y=[level],
+        mode="markers",
+        marker={"symbol": "line-ew", "size": 60, "line": {"width": 5, "color": TOTAL}},
+        hovertemplate=f"{name}: %{{y:.2f}} %<extra></extra>",
+    )
+    figure.add_annotation(x=name, y=level, yshift=14, text=f"<b>{level:.1f} %</b>", showarrow=False)
 
 
 def spike_rates(energy: Energy, title: str | None = None) -> go.Figure:
     """Spikes per neuron and time-step, layer by layer."""
-    names, rates = list(energy.spike_rates), list(energy.spike_rates.values())
-    figure = go.Figure(go.Bar(x=names, y=rates, marker_color=METHOD_COLOURS[0], hovertemplate="%{x}: %{y:.3f}"))
-    figure.update_xaxes(tickangle=-50 if len(names) > 6 else 0, title="spiking layer, from input to output", automargin=True)
+    if not energy.spike_rates:
+        raise InputError("there are no spike rates to show: the network holds no spiking layer")
+    names, rates = _labels(energy.spike_rates), list(energy.spike_rates.values())
+    figure = go.Figure(go.Bar(x=names, y=rates, marker_color=_NEUTRAL, hovertemplate="%{x}: %{y:.3f}<extra></extra>"))
+    _layer_axis(figure, names)
     figure.update_yaxes(title="spikes per neuron and step", rangemode="tozero")
-    alt = f"Spike rates of {len(names)} layers, from {min(rates):.3f} to {max(rates):.3f} spikes per neuron and step."
+    busiest = max(energy.spike_rates, key=lambda name: energy.spike_rates[name])
+    alt = f"Spike rates of {len(names)} layers, from {min(rates):.3f} to {max(rates):.3f} ({busiest}) spikes per neuron and step."
     return _styled(figure, title or f"Spike rates, T = {energy.time_steps}", alt, 360)
 
 
 def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
-    """A row of small pictures [N, C, H, W] in [0, 1], each with its caption."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=1, cols=len(images), horizontal_spacing=0.01, subplot_titles=list(captions))
+    """A row of small pictures [N, C, H, W] in [0, 1], C = 1 or 3, each with its caption."""
+    if len(images) != len(captions) or not captions:
+        raise InputError(f"{len(images)} images have {len(captions)} captions: give one for each, and at least one")
+    titles = [escape(caption, quote=False) for caption in captions]
+    figure = make_subplots(rows=1, cols=len(images), horizontal_spacing=0.01, subplot_titles=titles)
     for column, image in enumerate(images, start=1):
-        pixels = (image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+        pixels = (image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
         figure.add_trace(go.Image(z=pixels, hoverinfo="skip"), row=1, col=column)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
@@ -134,13 +185,40 @@ def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
     return figure.update_layout(margin={"l": 5, "r": 5, "t": 30, "b": 5}, title=None)
 
 
+def _labels(names: Iterable[str]) -> list[str]:
+    """Layer names as plotly shows them: it reads a few HTML tags otherwise."""
+    return [escape(name, quote=False) for name in names]
+
+
+def _layer_axis(figure: go.Figure, names: list[str], note: str = "") -> None:
+    """Every layer by its name: "0" and "2" of a plain nn.Sequential are names too, not numbers."""
+    steep = -60 if len(names) > 12 else -40 if len(names) > 6 else 0
+    figure.update_xaxes(type="category", tickangle=steep, dtick=1, title=_LAYERS + note, automargin=True)
+    if len(names) > 12:
+        figure.update_xaxes(tickfont_size=11)
+
+
+def _cycle(values: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from values
+
+
+def _legend_rows(entries: Sequence[str], width: int = 580) -> int:
+    """How many rows the legend may take in a figure 700 pixels wide: plotly gives every entry the widest one's room."""
+    widths = [48 + 6.5 * len(entry) for entry in entries]
+    if len(entries) < 2 or sum(widths) <= width:
+        return int(len(entries) > 1)
+    return ceil(len(entries) / max(1, int(width // max(widths))))
+
+
 def _styled(figure: go.Figure, title: str, alt: str, height: int) -> go.Figure:
+    rows = _legend_rows([trace.name for trace in figure.data if trace.name])
     figure.update_layout(
         template="plotly_white",
-        title={"text": title, "x": 0.01, "font": {"size": 17}},
-        font={"size": 13},
-        height=height,
-        margin={"l": 70, "r": 20, "t": 90, "b": 60},
+        title={"text": escape(title, quote=False), "x": 0.01, "y": 1, "yanchor": "top", "pad": {"t": 14}, "font": {"size": 17}},
+        font={"size": 13, "color": TOTAL},
+        height=height + 22 * max(0, rows - 1),
+        margin={"l": 70, "r": 20, "t": 50 + 22 * rows, "b": 60},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         meta={"alt": alt},
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ figure { margin: 1rem 0; } figcaption, .small { font-size: 13px; color: #555; }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #f4f6f8; border-left: 4px solid #0072B2; white-space: pre-line; }
 code { background: #f4f4f4; padding: 0 .25em; } details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin-left: 1.2rem; }
+@media (max-width: 800px) { th, td { padding: .25rem .4rem; } table { font-size: 13px; } }
+@media print { body { max-width: none; margin: 0; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+"""
+
+_NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""The browser itself refuses whatever the page might want to load."""
+
+_SCRIPT = """
+addEventListener("toggle", event => {  // a figure drawn while it was folded away does not know its width
+  if (event.target.open) event.target.querySelectorAll(".js-plotly-plot").forEach(plot => Plotly.Plots.resize(plot));
+}, true);
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => { part.open = true; }));
 """
 
 _GLOSSARY = {
@@ -52,48 +66,66 @@ def write_report(path: str | Path, result: Comparison, command: str) -> Path:
 def _page(result: Comparison, command: str) -> str:
     rows = result.results
     best = result.best().curve.method
-    first = next(iter(rows.values()))
-    same = len({row.ann_accuracy for row in rows.values()}) == 1
-    curves = figures.accuracy_over_time([row.curve for row in rows.values()], first.ann_accuracy if same else None)
+    anns = {f"ANN {row.network.split('), ')[-1].split()[0]}": row.ann_accuracy for row in rows.values()}
+    only = next(iter(anns.values())) if len(anns) == 1 else None
+    curves = figures.accuracy_over_time([row.curve for row in rows.values()], anns if only is None else only)
+    number = count(1)
+
+    def figure(drawn: Any) -> str:
+        return _figure(drawn, next(number))
+
     parts = [
         f"<h1>From a trained network to a spiking one: {escape(result.dataset)}</h1>",
         f"<p>{len(rows)} conversion{'s' * (len(rows) > 1)}, measured on {result.images:,} {escape(result.split)} images. "
         f"{escape(str(result.size))}. {escape(result.machine)}; micelab {__version__}.</p>",
         f"<p class=small>Made by <code>{escape(command)}</code></p>",
         "<h2>How accurate, after how many steps?</h2>",
-        _figure(curves, plotly=True),
+        figure(curves),
         _accuracy_table(rows),
+        f"<p class=small>Accuracy in % on {result.images:,} {escape(result.split)} images. True steps are T and the hidden steps "
+        "that a method spends beside them.</p>",
         f"<h2>Where do the points go, at T = {result.time_steps}?</h2>",
         "<p>Three networks stand between the ANN and the spiking one, each with one error more than the last: activations "
         "limited to theta (clipping), put on T + 1 levels (quantization), and sent as spikes in their order (timing). The losses "
         "sum to the whole.</p>",
         _points_table(rows),
+        "<p class=small>Points of accuracy: - lost, + gained (an error can happen to help).</p>",
     ]
     if (lost := rows[best].points) is not None:
         waterfall = figures.lost_points_waterfall(lost, f"{best}: where the points go at T = {result.time_steps}")
-        parts.append(_figure(waterfall))
+        parts.append(figure(waterfall))
     parts.append(f"<h2>Which layer, and why?</h2><p>Errors over {result.error_images} images.</p>")
-    parts += [_method_section(name, row, opened=name == best) for name, row in rows.items()]
+    parts += [
+        _method_section(name, row, figure(figures.error_bars(row.errors)), opened=name == best) for name, row in rows.items()
+    ]
     parts += ["<h2>Spikes and energy</h2>", _energy_table(rows), f"<p class=small>{escape(ENERGY_ASSUMPTIONS)}</p>"]
-    parts += [_figure(figures.spike_rates(rows[best].energy, f"{best}: spike rates, T = {result.time_steps}"))]
+    parts += [figure(figures.spike_rates(rows[best].energy, f"{best}: spike rates, T = {result.time_steps}"))]
     words = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GLOSSARY.items())
     parts += ["<h2>Words</h2>", f"<dl>{words}</dl>", "<h2>Methods and sources</h2>", _sources(rows)]
     title = escape(f"micelab: {result.dataset}")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_NO_NETWORK}">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
+    body = f"<main>{''.join(parts)}</main><script>{_SCRIPT}</script>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def _figure(figure: Any, number: int) -> str:
+    """The figure and its sentence; plotly itself comes with the first one."""
+    name, config = (
+        f"figure-{number}",
+        {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]},
     )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
-
-
-def _figure(figure: Any, plotly: bool = False) -> str:
-    alt = escape(figure.layout.meta["alt"], quote=True)
-    body = figure.to_html(full_html=False, include_plotlyjs=plotly, config={"displaylogo": False, "responsive": True})
-    return f'<figure role="group" aria-label="{alt}">{body}<figcaption>{alt}</figcaption></figure>'
+    body = figure.to_html(full_html=False, include_plotlyjs=number == 1, div_id=name, config=config)
+    words = escape(figure.layout.meta["alt"])
+    return (
+        f'<figure role="group" aria-labelledby="{name}-words">{body}<figcaption id="{name}-words">{words}</figcaption></figure>'
+    )
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
-        kinds = [' class="text"' if number in text_columns else "" for number in range(len(values))]
+        scope = ' scope="col"' if tag == "th" else ""
+        kinds = [scope + (' class="text"' if number in text_columns else "") for number in range(len(values))]
         return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -126,7 +158,7 @@ def _points_table(rows: dict[str, MethodResult]) -> str:
     return _table(["method", "ANN %", *kinds, "SNN %"], lines)
 
 
-def _method_section(name: str, row: MethodResult, opened: bool) -> str:
+def _method_section(name: str, row: MethodResult, bars: str, opened: bool) -> str:
     headings = ["layer", "theta", *KINDS, "total", "over-firing", "under-firing", "saturated"]
     lines = []
     for layer, errors in row.errors.layers.items():
@@ -135,10 +167,9 @@ def _method_section(name: str, row: MethodResult, opened: bool) -> str:
         lines.append([layer, f"{errors.theta:.3g}", *[f"{100 * share:.1f}" for share in shares]])
     table = _table(headings, lines)
     note = "<p class=small>Errors: root-mean-square in % of the layer's signal. Shares of neurons in %.</p>"
-    words = f"<blockquote>{escape(row.errors.words())}</blockquote>"
+    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(row.errors.words()))
     state = " open" if opened else ""
-    bars = _figure(figures.error_bars(row.errors))
-    return f"<details{state}><summary>{escape(name)}</summary>{words}{bars}{table}{note}</details>"
+    return f"<details{state}><summary>{escape(name)}</summary><blockquote>{words}</blockquote>{bars}{table}{note}</details>"
 
 
 def _energy_table(rows: dict[str, MethodResult]) -> str:

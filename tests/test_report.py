@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,27 @@ def test_the_page_loads_nothing_and_names_every_method_layer_and_circumstance(re
             assert layer in page
     assert result.machine in page
     assert f"{100 * result.results['qcfs'].curve.at(4):.2f}" in page
+
+
+def test_the_page_forbids_its_own_browser_to_load_anything_and_holds_plotly_once(result, tmp_path):
+    page = write_report(tmp_path / "report.html", result, "micelab demo").read_text()
+    assert """http-equiv="Content-Security-Policy" content="default-src 'none';""" in page
+    assert page.count("plotly.js v") == 1
+    drawn = re.findall(r'<div id="(figure-\d+)"', page)
+    assert drawn == [f"figure-{n}" for n in range(1, len(result.results) + 4)]  # a section each; curve, points, spikes
+    assert re.findall(r'aria-labelledby="(figure-\d+)-words"', page) == drawn
+    assert write_report(tmp_path / "again.html", result, "micelab demo").read_text() == page
+
+
+def test_names_of_data_and_layers_are_text_not_html(result, tmp_path):
+    row = result.results["qcfs"]
+    layers = {f"<img src=x onerror=alert({number})>": layer for number, layer in enumerate(row.errors.layers.values())}
+    row = replace(row, network="<u>net</u>", errors=replace(row.errors, layers=layers))
+    odd = replace(result, dataset="</title><script>alert(2)</script>", results={"qcfs": row})
+    page = write_report(tmp_path / "report.html", odd, "micelab demo").read_text()
+    for raw in ("<img src=x", "<u>net", "<script>alert(2)"):
+        assert raw not in page
+    assert "&lt;img src=x onerror=alert(0)&gt;</td>" in page
 
 
 def test_a_page_that_cannot_be_written_says_so(result, tmp_path):
