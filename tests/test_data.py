@@ -280,5 +280,5 @@ def test_a_batch_size_that_does_not_fit_is_refused(size, world):
 
 
 def test_an_unknown_augmentation_is_answered_with_the_known_ones():
-    with pytest.raises(InputError, match="'strong' is unknown: choose 'none', 'standard' or 'auto'"):
+    with pytest.raises(InputError, match="'strong' is unknown: choose 'none', 'standard', 'cutout' or 'auto'"):
         data.augmentation("strong", 32)  # type: ignore[arg-type]
