@@ -7,8 +7,8 @@ table = micelab.error_breakdown(ann, snn, images, time_steps=8)
 curve = micelab.accuracy_curve(snn, loader)
 """
 
-from micelab import methods, neuron, train
-from micelab.activation import QuantClip, TrainableClip
+from micelab import joint, methods, neuron, train
+from micelab.activation import QuantClip, SpikeClip, TrainableClip
 from micelab.checkpoint import load, save
 from micelab.convert import convert
 from micelab.data import load_data
@@ -23,12 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "MicelabError",
     "QuantClip",
+    "SpikeClip",
     "SpikingNetwork",
     "TrainableClip",
     "accuracy_curve",
     "convert",
     "energy",
     "error_breakdown",
+    "joint",
     "load",
     "load_data",
     "lost_points",

@@ -81,7 +81,8 @@ def demo(
 
 
 @command(
-    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu`"
+    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu` · "
+    "`micelab train --joint --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
 )
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run: state, metrics, final network.")] = Path("data/runs/latest"),
@@ -89,18 +90,25 @@ def train(
     network: Annotated[str | None, typer.Option(help="small_cnn or resnet20 [by the data set].")] = None,
     kind: Annotated[str | None, typer.Option(help="ResNet-20 of kind A, B or C.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
-    activation: Annotated[str, typer.Option(help="relu, clip (TCL) or quant_clip (QCFS).")] = "quant_clip",
-    levels: Annotated[int, typer.Option(min=1, help="Levels of quant_clip.")] = 8,
-    theta: Annotated[float, typer.Option(help="Start of the clipping bounds.")] = 4.0,
-    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    activation: Annotated[str | None, typer.Option(help="relu, clip (TCL) or quant_clip (QCFS) [quant_clip].")] = None,
+    levels: Annotated[int | None, typer.Option(min=1, help="Levels of quant_clip [8].")] = None,
+    theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(min=0)] = 5e-4,
-    theta_lr: Annotated[float, typer.Option(min=0, help="Rate of the bounds, as a share of --lr.")] = 0.1,
-    warmup_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1 (SGD); joint: 0.001 (Adam)].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0]")] = None,
+    theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1].")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1]")] = None,
     label_smoothing: Annotated[float, typer.Option(min=0)] = 0.0,
     augment: Annotated[str, typer.Option(help="none, standard (crop, flip), cutout, or auto (AutoAugment too).")] = "standard",
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
+    time_steps: Annotated[
+        str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
+    ] = None,
+    distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
+    penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
     compile: Annotated[
@@ -110,36 +118,39 @@ def train(
     save: Annotated[Path | None, typer.Option(help="Also copy the final network and its card here.")] = None,
     data: FolderOption = None,
 ) -> None:
-    """Train a network to be converted.
+    """Train a network to be converted: stage 1, or with --joint stage 2.
 
     Ctrl-C and SIGTERM save the state. Several GPUs or machines: `accelerate launch --multi_gpu -m micelab train ...`.
     """
     from accelerate import PartialState
 
     from micelab import checkpoint
+    from micelab import joint as stage2
+    from micelab import train as stage1
     from micelab.machine import default_precision
-    from micelab.train import TrainConfig
-    from micelab.train import train as run
+    from micelab.recipe import JointConfig, TrainConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    words: dict[str, Any] = {
-        "dataset": dataset,
-        "network": network or ("small_cnn" if dataset == "digits" else "resnet20"),
-        "levels": levels if activation == "quant_clip" else None,
-        "precision": default_precision() if precision == "auto" else precision,
-    }
-    for name in ("kind", "width", "activation", "theta", "epochs", "batch_size", "lr", "weight_decay", "theta_lr"):
-        words[name] = locals()[name]
-    words |= {
-        "warmup_epochs": warmup_epochs,
-        "label_smoothing": label_smoothing,
-        "augment": augment,
-        "seed": seed,
-        "start": start,
-    }
-    words["compile"] = compile
+    words: dict[str, Any] = {"precision": default_precision() if precision == "auto" else precision}
+    words |= {"dataset": dataset, "batch_size": batch_size, "label_smoothing": label_smoothing}
+    words |= {"augment": augment, "start": start, "seed": seed}
+    words |= _given(epochs=epochs, lr=lr, weight_decay=weight_decay, theta_lr=theta_lr, warmup_epochs=warmup_epochs)
+    first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
+    first |= {"compile": True} if compile else {}
+    second = _given(time_steps=_steps(time_steps) if time_steps else None, distill=distill, teacher=teacher, penalty=penalty)
+    if astray := first if joint else second:
+        name = next(iter(astray)).replace("_", "-")
+        raise InputError(f"--{name} " + ("is for stage 1: leave out --joint" if joint else "is for joint training: add --joint"))
+    carry: Callable[..., Any] = stage2.train if joint else stage1.train
+    if joint:
+        recipe: Any = JointConfig(**words | second)
+    else:
+        first.setdefault("network", "small_cnn" if dataset == "digits" else "resnet20")
+        if first.get("activation", "quant_clip") != "quant_clip":
+            first["levels"] = None
+        recipe = TrainConfig(**{"epochs": 60} | words | first)
     try:
-        model = run(TrainConfig(**words), out, resume=resume, folder=data, command=_command())
+        model = carry(recipe, out, resume=resume, folder=data, command=_command())
     except KeyboardInterrupt:
         logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
         raise
@@ -342,6 +353,11 @@ def _steps(text: str) -> tuple[int, ...]:
     if not steps or steps[0] < 1:
         raise InputError(f"--time-steps {text!r} is not a list of numbers from 1 on: write for example 1,2,4,8")
     return steps
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _command() -> str:

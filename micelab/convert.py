@@ -53,7 +53,7 @@ def convert(
     if not 0 < percentile <= 100:
         raise InputError(f"percentile is {percentile}: it lies above 0 and at most at 100")
     traced = trace(ann, fold)
-    start = chosen.v0 if v0 is None else float(v0)
+    start = chosen.v0 if v0 is None else v0
     if chosen.calibrates:
         if calibration is None:
             raise InputError(f"method {method!r} sets thresholds from data: give calibration=images (some training images)")
@@ -70,11 +70,22 @@ def convert(
             )
         if not per_channel:
             samples, highest = samples.reshape(1, -1), highest.max().reshape(1)
-        theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, start))
+        begin = methods.trained_start(name, activation) if start is None else float(start)
+        theta = chosen.theta(
+            methods.Observation(
+                name,
+                activation,
+                samples,
+                highest,
+                time_steps,
+                percentile,
+                float(begin.mean()) if isinstance(begin, Tensor) else begin,
+            )
+        )
         if chosen.calibrates:
             theta = torch.where((theta > 0) & (highest > 0), theta, highest.max())  # a silent channel gets the layer's largest
         theta = theta.reshape(()) if theta.numel() == 1 else theta
-        return IntegrateFire(theta, start, chosen.signed if signed is None else signed, layer=name)
+        return IntegrateFire(theta, begin, chosen.signed if signed is None else signed, layer=name)
 
     spiking = replace_activations(traced, neuron).requires_grad_(False).to(_home(traced).device)
     snn = SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)

@@ -280,9 +280,9 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch)))
         for step in range(first_step, len(self)):
-            torch.manual_seed(_mix(self.seed, epoch, step, self.rank))
+            torch.manual_seed(mix_seed(self.seed, epoch, step, self.rank))
             picked = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
             images = self.images[picked]
             if self.transform is not None:
@@ -290,6 +290,6 @@ class TrainingBatches:
             yield to_float(images), self.labels[picked]
 
 
-def _mix(*numbers: int) -> int:
+def mix_seed(*numbers: int) -> int:
     """One seed out of several numbers (NumPy's SeedSequence, which spreads close seeds far apart)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

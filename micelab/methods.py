@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from micelab.activation import ActivationName, TrainableClip, quantize
+from micelab.activation import ActivationName, SpikeClip, TrainableClip, quantize
 from micelab.exceptions import ConversionError, InputError
 
 
@@ -36,7 +36,8 @@ class Observation:
 class Method:
     """One way to convert. `theta` maps an Observation to a threshold for each row of its samples, [C] > 0.
 
-    `trained_with`: the activation that the network should have been trained with; `calibrates`: needs calibration images;
+    `v0`: initial potential in units of theta, None for the trained one; `trained_with`: the activation that the network
+    should have been trained with; `calibrates`: needs calibration images;
     `hidden_steps`: steps spent beyond T, counted in every table.
     """
 
@@ -44,7 +45,7 @@ class Method:
     title: str
     source: str
     theta: Callable[[Observation], Tensor]
-    v0: float = 0.0
+    v0: float | None = 0.0
     signed: bool = False
     calibrates: bool = True
     trained_with: ActivationName = "relu"
@@ -100,6 +101,16 @@ def trained_bound(seen: Observation) -> Tensor:
     return seen.activation.theta.detach()
 
 
+def trained_start(layer: str, activation: nn.Module) -> Tensor:
+    """v0 = the initial potential that the network was jointly trained with, in units of theta."""
+    if not isinstance(activation, SpikeClip):
+        raise ConversionError(
+            f"layer `{layer}` is {type(activation).__name__} and has no trained initial potential: train the network jointly "
+            'with micelab.joint (`micelab train --joint`), or convert it with "qcfs"'
+        )
+    return activation.v0.detach()
+
+
 register(
     Method(
         name="max",
@@ -144,5 +155,16 @@ register(
         v0=0.5,
         calibrates=False,
         trained_with="quant_clip",
+    )
+)
+register(
+    Method(
+        name="mice",
+        title="joint training",
+        source="after Ho & Chang, JETCAS 2023 (a reconstruction): trained with the spikes in the loop, theta and v0 as trained",
+        theta=trained_bound,
+        v0=None,
+        calibrates=False,
+        trained_with="spike_clip",
     )
 )

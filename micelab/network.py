@@ -181,7 +181,7 @@ class SpikingNetwork(nn.Module):
 
     def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
         with torch.inference_mode():
-            runner = _TimeFolded(self.layers, time_steps, len(images), record, spikes)
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes)
             outputs = runner.run(images).unflatten(0, (time_steps, len(images)))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
@@ -198,7 +198,7 @@ class _Probe(LayerRunner):
         return z
 
 
-class _TimeFolded(LayerRunner):
+class TimeFolded(LayerRunner):
     """Runs T steps of n images: constant values [n, ...] until the first neurons, [T*n, ...] from there on."""
 
     def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
@@ -241,25 +241,29 @@ class _TimeFolded(LayerRunner):
         return torch.Size((self.images, *shape[1:]))
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
-        source = self.node.all_input_nodes[0]
-        timed = source in self.over_time
-        current = z.unflatten(0, (self.time_steps, self.images)) if timed else z.expand(self.time_steps, *z.shape)
-        # the currents of a layer that nobody else reads make room for its spikes
-        if timed and len(source.users) == 1 and is_fresh(self.traced, source):
-            out = z
-        else:
-            shape = (self.time_steps * self.images, *current.shape[2:])
-            layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
-            out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
-        steps = out.unflatten(0, (self.time_steps, self.images))
+        current, steps = self.rooms(z)
         # a mean of T equal numbers may round, the number itself does not
-        mean = (current.mean(0) if timed else z) if self.record else None
+        mean = (z if current.stride(0) == 0 else current.mean(0)) if self.record else None
         count, residual = fire(current, module.theta, module.v0, module.signed, steps, amplitude=True, count=self.record)
         if mean is not None:
             kept = _signs(steps) if self.spikes else None
             count = count.to(torch.int16 if self.time_steps < 2**15 else torch.int32)
             self.records[name] = LayerRun(count, residual, mean, module.theta, module.v0, self.time_steps, kept)
-        return out
+        return steps.flatten(0, 1)
+
+    def rooms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The currents of the layer at hand, [T, N, ...], and the room for its spikes: the same where nobody else reads them."""
+        source = self.node.all_input_nodes[0]
+        if source not in self.over_time:
+            current = z.expand(self.time_steps, *z.shape)
+        else:
+            current = z.unflatten(0, (self.time_steps, self.images))
+            if len(source.users) == 1 and is_fresh(self.traced, source):
+                return current, current
+        shape = (self.time_steps * self.images, *current.shape[2:])
+        layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
+        out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+        return current, out.unflatten(0, (self.time_steps, self.images))
 
 
 def _signs(steps: Tensor) -> Tensor:
