@@ -110,6 +110,15 @@ def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
     return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
 
 
+def depth(traced: fx.GraphModule) -> int:
+    """How many activations lie in a row between input and output, on the longest way."""
+    longest: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + is_activation(traced, node)
+    return max(longest.values())
+
+
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
     return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), (*ACTIVATIONS, IntegrateFire))
