@@ -89,7 +89,7 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
 
 
 def start_from(model: nn.Module, name: str | Path) -> None:
-    """Copies the weights of a checkpoint into `model`, whose activations may be others: bounds and noise only one of them has stay."""
+    """Copies the weights of a checkpoint into `model`, whose activations may be others: what only one of them has stays."""
     path = find(name)
     tensors, _ = read_tensors(path)
     own = model.state_dict()

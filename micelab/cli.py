@@ -173,7 +173,7 @@ def convert(
 
     ann = micelab.load(checkpoint)
     images = None
-    if micelab.methods.get(method).calibrates:
+    if micelab.methods.get(method).needs_images:
         images = to_float(load_data(_dataset_of(ann, dataset), data).train.images[:calibration_images])
     snn = micelab.convert(ann, method, images, time_steps=time_steps, per_channel=per_channel, v0=v0, signed=signed)
     path = micelab.save(snn, out, {"from": checkpoint, "method": method, "command": _command()})

@@ -58,10 +58,10 @@ class Comparison:
     results: dict[str, MethodResult]
 
     def best(self) -> MethodResult:
-        """The method that is most accurate at the T of the error tables, or at the measured T next to it."""
-        measured = next(iter(self.results.values())).curve.time_steps
-        nearest = min(measured, key=lambda t: abs(t - self.time_steps))
-        return max(self.results.values(), key=lambda row: row.curve.at(nearest))
+        """The method that is most accurate in as many true steps as the T of the error tables (or the measured T next to it)."""
+        rows = list(self.results.values())
+        nearest = min(rows[0].curve.time_steps, key=lambda t: abs(t - self.time_steps))
+        return max(rows, key=lambda row: (row.curve.within(nearest) or 0.0, row.curve.at(nearest)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and names, with its circumstances."""
@@ -104,7 +104,8 @@ def compare(
     for name, ann in tqdm(networks.items(), desc="methods", disable=not progress, leave=False):
         if id(ann) not in accuracies:
             accuracies[id(ann)] = accuracy(ann, chosen)
-        snn = convert(ann, name, calibration, **{"time_steps": explain_at} | options)
+        made_for = max(time_steps) if methods.get(name).each_step else explain_at
+        snn = convert(ann, name, calibration, **{"time_steps": made_for} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
         curve = accuracy_curve(snn, batches, time_steps)
         known = curve.at(explain_at) if explain_at in curve.time_steps else None
@@ -123,11 +124,14 @@ def compare(
 def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Each method's network: the one trained with the activation it is meant for, or else any with a trained bound.
 
-    `networks` maps "relu", "clip", "quant_clip" to what there is; methods for which there is none are left out.
+    `networks` maps "relu", "clip", "quant_clip", "noisy_quant_clip" to what there is; methods for which there is none are
+    left out, and so is "noise" where no network was trained with it.
     """
     chosen = {}
+    bounded = ["clip", "quant_clip", "noisy_quant_clip"]
     for name, method in methods.METHODS.items():
-        candidates = [method.trained_with] + (["relu", "clip", "quant_clip"] if method.calibrates else ["clip", "quant_clip"])
+        others = [] if method.trained_with == "noisy_quant_clip" else ["relu", *bounded] if method.calibrates else bounded
+        candidates = [method.trained_with, *others]
         found = [kind for kind in candidates if kind in networks]
         if found:
             chosen[name] = networks[found[0]]

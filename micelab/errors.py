@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from micelab.activation import TrainableClip, clip, over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, trace
+from micelab.graph import InputCollector, check_images, trace
 from micelab.network import LayerRun, SpikingNetwork
 from micelab.neuron import IntegrateFire, check_theta, fire
 
@@ -34,8 +34,9 @@ def split_error(
     """The four terms and their "total", each [N, ...] in activation units, of one layer.
 
     rate, mean_current: phi and zbar of the spiking layer (a bias that a method gives its neurons is part of the current);
-    z_ann: the ANN's input of the same neurons; theta: scalar or [C]; v0: as the neurons finally started, also [N, ...]. Q is the rate of this very neuron under the constant current zbar, run step by step: in real numbers that is
-    the formula above, and where rounding decides on which side of a step zbar lies, it decides alike in phi and in Q.
+    z_ann: the ANN's input of the same neurons; theta: scalar or [C]; v0: as the neurons finally started, also [N, ...]. Q is
+    the rate of this very neuron under the constant current zbar, run step by step: in real numbers that is the formula
+    above, and where rounding decides on which side of a step zbar lies, it decides alike in phi and in Q.
 
     >>> terms = split_error(torch.tensor([[0.5]]), torch.tensor([[0.8]]), torch.tensor([[0.9]]), 1.0, 0.5, time_steps=4)
     >>> {kind: round(term.item(), 3) for kind, term in terms.items()}
@@ -133,7 +134,7 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
     >>> table.layers["stem.2"].timing.rms  # one step has no order
     0.0
     """
-    collector = _InputCollector(trace(ann))
+    collector = InputCollector(trace(ann))
     if list(collector.activations) != list(snn.neurons):
         raise InputError(
             f"the networks do not match: the ANN's activations are {', '.join(collector.activations)}, the spiking layers "
@@ -158,19 +159,6 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
         raise InputError("there are no images: give a tensor [N, C, H, W] or batches of them")
     layers = {name: total.errors(snn.neurons[name], collector.activations[name]) for name, total in sums.items()}
     return ErrorTable(layers, time_steps, seen, snn.method)
-
-
-class _InputCollector(LayerRunner):
-    """Runs the ANN and keeps the input z of every activation."""
-
-    def __init__(self, traced: Any):
-        super().__init__(traced)
-        self.activations = activations(traced)
-        self.inputs: dict[str, Tensor] = {}
-
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
-        self.inputs[name] = z
-        return module(z)
 
 
 class _Sums:

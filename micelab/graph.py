@@ -399,6 +399,19 @@ class LayerRunner(fx.Interpreter):
         return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))
 
 
+class InputCollector(LayerRunner):
+    """Runs the ANN and keeps the input z of every activation."""
+
+    def __init__(self, traced: Any):
+        super().__init__(traced)
+        self.activations = activations(traced)
+        self.inputs: dict[str, Tensor] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.inputs[name] = z
+        return module(z)
+
+
 def check_images(images: Any) -> Tensor:
     """`images` if it is a float tensor [N, ...] without NaN; raises InputError with the remedy otherwise."""
     if not isinstance(images, Tensor):

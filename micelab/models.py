@@ -97,7 +97,7 @@ def resnet20(
     """A ResNet-20: images [N, in_channels, H, W] in [0, 1] to logits [N, num_classes].
 
     `kind` "A" (width 16), "B", "C" (width 64), or any `width` of A's shape; `activation` "relu", "clip" (TCL) or
-    "quant_clip" (QCFS with `levels`), "noisy_quant_clip" (NQ); `theta` starts every bound; `mean` and `std` normalize, per channel.
+    "quant_clip" (QCFS with `levels`), "noisy_quant_clip" (NQ); `theta` starts every bound; `mean`, `std` normalize, per channel.
 
     >>> net = resnet20(width=16)
     >>> net(torch.zeros(1, 3, 32, 32)).shape, sum(p.numel() for p in net.parameters())

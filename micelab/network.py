@@ -31,8 +31,7 @@ DEVICE_BUDGET = 512 * 2**20
 class LayerRun:
     """What one spiking layer did in the T = `time_steps` steps that count: tensors [N, ...].
 
-    theta: as in the layer; v0: the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes sent in hidden steps,
-    where the method has some.
+    theta: as in the layer; v0: the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps.
     """
 
     count: Tensor
@@ -47,7 +46,7 @@ class LayerRun:
     @property
     def rate(self) -> Tensor:
         """theta*n/T in activation units, [N, ...]: what the layer says."""
-        return self.count.to(self.residual.dtype) * self._theta() / self.time_steps
+        return self.count.to(self.residual.dtype) * over_channels(self.theta, self.residual) / self.time_steps
 
     @property
     def spike_rate(self) -> float:
@@ -65,9 +64,6 @@ class LayerRun:
         """An empty run of the same layer for so many images."""
         rooms: dict[str, Any] = {name: _room(tensor, dim, images) for name, (tensor, dim) in self.tensors().items()}
         return replace(self, **rooms)
-
-    def _theta(self) -> Tensor:
-        return over_channels(self.theta, self.residual)
 
     def to_dict(self) -> dict[str, Any]:
         """Summary in plain numbers."""
@@ -182,7 +178,7 @@ class SpikingNetwork(nn.Module):
                 probe.run(images[:1])
             self._largest[shape] = probe.largest
         budget = CACHE_BUDGET if images.device.type == "cpu" else DEVICE_BUDGET
-        return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)))
+        return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)[0]))
 
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:
@@ -202,10 +198,11 @@ class SpikingNetwork(nn.Module):
         return SimulationRun(mean, runner.records)
 
 
-def steps_to_run(layers: fx.GraphModule, time_steps: int) -> int:
-    """How many steps are simulated so that T = `time_steps` count: with hidden ones before, or as many as a layer looks ahead."""
+def steps_to_run(layers: fx.GraphModule, time_steps: int) -> tuple[int, int]:
+    """(steps that are simulated so that T = `time_steps` count, how many of them run before those)."""
     neurons: list[Any] = list(activations(layers).values())
-    return max(time_steps + max(n.before for n in neurons), max(n.ahead for n in neurons))
+    before = max(neuron.before for neuron in neurons)
+    return max(before + time_steps, max(neuron.ahead for neuron in neurons)), before
 
 
 class _Probe(LayerRunner):
@@ -227,8 +224,7 @@ class TimeFolded(LayerRunner):
     def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
         super().__init__(layers)
         self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
-        self.steps = steps_to_run(layers, time_steps)
-        self.before = max(neuron.before for neuron in activations(layers).values())  # type: ignore[operator, type-var]
+        self.steps, self.before = steps_to_run(layers, time_steps)
         self.records: dict[str, LayerRun] = {}
         self.over_time: set[fx.Node] = set()
 

@@ -6,7 +6,8 @@ Charge is conserved: theta*sum(s) + v(T) = theta*v0 + sum(I). Signed: a neuron t
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ def over_time(current: Tensor) -> Tensor:
     return current[0] if current.stride(0) == 0 or len(current) == 1 else current.mean(0)
 
 
-class Firing(NamedTuple):
+@dataclass(frozen=True)
+class Firing:
     """What a layer did in the T steps that count: `count` and `residual` [N, ...], the start `v0` it finally took (in units
     of theta: scalar, [C] or [N, ...]) and, where steps before T are spent, the spikes `hidden` sent in them [N, ...]."""
 

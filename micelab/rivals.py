@@ -54,8 +54,8 @@ class Muting(IntegrateFire):
     """SRP (Hao et al., AAAI 2023): tau = 4 hidden steps, after which a neuron with v(tau) <= 0 is silent for all T steps.
 
     Documented (their code): the whole network runs the tau steps with plain neurons; then every potential goes back to
-    theta/2, and nothing of the tau steps reaches the answer. A muted neuron goes on to integrate; here it also keeps its charge, so
-    that charge balance holds (our choice, without effect on what it sends).
+    theta/2, and nothing of the tau steps reaches the answer. A muted neuron goes on to integrate; here it also keeps its
+    charge, so that charge balance holds (our choice, without effect on what it sends).
     """
 
     before = 4
