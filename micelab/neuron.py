@@ -84,12 +84,12 @@ def fire(
 
 
 def over_time(current: Tensor) -> Tensor:
-    """Mean of [T, N, ...] over T, [N, ...]; where every step is one and the same number, that very number.
+    """Mean of [T, N, ...] over T, [N, ...]; where every step is one and the same number (an expanded tensor), that number.
 
     >>> over_time(torch.tensor([0.1]).expand(3, 1)).item() == torch.tensor(0.1).item()  # a mean of three might round
     True
     """
-    return current[0] if current.stride(0) == 0 or len(current) == 1 else current.mean(0)
+    return current[0] if current.stride(0) == 0 else current.mean(0)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def shifted_start(current: Tensor, sent: Tensor, residual: Tensor, theta: Tensor
     current, sent: I(t) and theta*s(t) of rho steps, [rho, N, ...]; residual: v(rho) [N, ...]; theta, v0: as they were in
     these steps, scalar or [C]. v(rho) < 0 after a spike: the start falls by theta, or by what the weakest spike had to spare
     if that is more. v(rho) >= theta: it rises by theta, or by what was missing at the strongest step without spike if that
-    is more. Source: Hao et al., ICLR 2023, and their code; theta where no step was without spike is our choice.
+    is more. Source: Hao et al., ICLR 2023, and their code. Our choice: a neuron that fired at every step stays as it is (in
+    their code it would fire for ever after).
 
     >>> current = torch.tensor([[[0.9]], [[-1.3]]])  # one early spike, then a debt: v(2) = 0.5 + 0.9 - 1 - 1.3 = -0.9
     >>> shifted_start(current, torch.tensor([[[1.0]], [[0.0]]]), torch.tensor([[-0.9]]), 1.0, 0.5).tolist()
@@ -44,8 +45,7 @@ def shifted_start(current: Tensor, sent: Tensor, residual: Tensor, theta: Tensor
     fired = sent > 0
     spare = left.masked_fill(~fired, torch.inf).amin(0) + MARGIN * theta
     missing = (1 + MARGIN) * theta - left.masked_fill(fired, -torch.inf).amax(0)
-    missing = missing.masked_fill(missing == torch.inf, 0.0)
-    down, up = (residual < 0) & fired.any(0), residual >= theta
+    down, up = (residual < 0) & fired.any(0), (residual >= theta) & ~fired.all(0)
     change = torch.where(down, -torch.maximum(spare, theta), torch.where(up, torch.maximum(missing, theta), 0.0))
     return v0 + change / theta
 

@@ -86,7 +86,7 @@ def test_the_page_loads_nothing_and_names_every_method_layer_and_circumstance(re
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
     for name, row in result.results.items():
-        assert f"<summary>{name}</summary>" in page
+        assert f"<summary>{name}" in page
         for layer in row.errors.layers:
             assert layer in page
     assert result.machine in page
