@@ -158,7 +158,7 @@ def train(
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
-    method: Annotated[str, typer.Option(help="max, percentile, mse, tcl or qcfs.")] = "qcfs",
+    method: Annotated[str, typer.Option(help="max, percentile, mse, qcfs, cos ...: see docs/conversion.md.")] = "qcfs",
     time_steps: Annotated[int, typer.Option(min=1, help="Time-steps it is made for.")] = 8,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A threshold for each channel.")] = False,
     v0: Annotated[float | None, typer.Option(help="Initial potential in thetas [the method's].")] = None,

@@ -54,7 +54,7 @@ def points_table(result: Comparison) -> Table:
     """One row a method: points of accuracy lost to each error at `time_steps`, spikes and energy beside the ANN's."""
     title = f"Where the points go at T = {result.time_steps}, and what an image costs"
     table = Table(title=title, title_justify="left")
-    costs = ("spikes/neuron/step", "SNN energy", "ANN energy")
+    costs = ("spike rate", "SNN energy", "ANN energy")
     for heading in ("method", "true steps", "ANN", "clipping", "quantization", "timing", "SNN", *costs):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, row in result.results.items():
