@@ -8,7 +8,7 @@ curve = micelab.accuracy_curve(snn, loader)
 """
 
 from micelab import joint, methods, neuron, train
-from micelab.activation import QuantClip, SpikeClip, TrainableClip
+from micelab.activation import NoisyQuantClip, QuantClip, SpikeClip, TrainableClip
 from micelab.checkpoint import load, save
 from micelab.convert import convert
 from micelab.data import load_data
@@ -17,11 +17,13 @@ from micelab.exceptions import MicelabError
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.models import resnet20, small_cnn
 from micelab.network import SpikingNetwork
+from micelab.noise import measure_noise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MicelabError",
+    "NoisyQuantClip",
     "QuantClip",
     "SpikeClip",
     "SpikingNetwork",
@@ -34,6 +36,7 @@ __all__ = [
     "load",
     "load_data",
     "lost_points",
+    "measure_noise",
     "methods",
     "neuron",
     "resnet20",

@@ -1,4 +1,5 @@
-"""Activations of the network to be converted: ReLU, trainable clip (TCL), quantized clip (QCFS) and its jointly trained kin.
+"""Activations of the network to be converted: ReLU, trainable clip (TCL), quantized clip (QCFS) and its kin: with noise
+(NQ), and jointly trained.
 
 Pure functions hold the mathematics; the modules store `theta` and call one. `theta` is kept positive by storing its
 logarithm, and its gradient comes free: the activation is homogeneous of degree one in (z, theta).
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from micelab.exceptions import InputError
 
-ActivationName = Literal["relu", "clip", "quant_clip", "spike_clip"]
+ActivationName = Literal["relu", "clip", "quant_clip", "noisy_quant_clip", "spike_clip"]
 
 
 def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> Tensor:
     """`value` shaped to broadcast over `like`: a scalar stays a scalar, [C] lies along `channel_dim`.
+
+    A value for each neuron of each image, [N, C, ...] as in `like`, stays as it is.
 
     >>> over_channels(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
     torch.Size([2, 1, 1])
@@ -26,7 +29,7 @@ def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> 
     Raises InputError where a vector's length is not the number of channels.
     """
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.dim() == 0:
+    if value.dim() == 0 or (value.dim() > 1 and value.shape == like.shape[channel_dim - 1 :]):
         return value
     if value.dim() != 1 or like.dim() <= channel_dim or value.shape[0] != like.shape[channel_dim]:
         raise InputError(
@@ -194,12 +197,41 @@ class SpikeClip(QuantClip):
         return straight_through(z, self.staircase(z), self.log_theta, self.v0, self.levels)
 
 
+class NoisyQuantClip(QuantClip):
+    """The quantized clip; in training mode a normal noise of spread `sigma` (activation units) is added to its output.
+
+    `sigma` >= 0 is not trained but measured: the spread of the error that conversion makes at this layer, which
+    `micelab.measure_noise` takes on validation images after every epoch. It starts at 0 and is part of `state_dict`. Source:
+    NQ, Huang et al., IEEE TNNLS 2025.
+
+    >>> act = NoisyQuantClip(levels=4, theta=2.0)
+    >>> act.sigma.fill_(0.1).item() > 0, act.eval()(torch.tensor([0.3, 0.9, 5.0])).tolist()
+    (True, [0.5, 1.0, 2.0])
+    """
+
+    sigma: Tensor
+
+    def __init__(self, levels: int = 8, theta: float = 4.0, channels: int | None = None):
+        super().__init__(levels, theta, channels)
+        self.register_buffer("sigma", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        y = super().forward(z)
+        return y + self.sigma.to(y.dtype) * torch.randn_like(y) if self.training else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sigma={self.sigma.item():.3g}"
+
+
 def make_activation(name: ActivationName, levels: int | None = 8, theta: float = 4.0) -> nn.Module:
     """A new activation module by name; `levels=None` turns "quant_clip" into the plain trainable clip."""
     if name == "relu":
         return nn.ReLU()
     if name == "clip" or (name == "quant_clip" and levels is None):
         return TrainableClip(theta)
-    if name in ("quant_clip", "spike_clip") and levels is not None:
-        return (QuantClip if name == "quant_clip" else SpikeClip)(levels, theta)
-    raise InputError(f"activation {name!r} is unknown: choose 'relu', 'clip', 'quant_clip' or, jointly trained, 'spike_clip'")
+    kinds = {"quant_clip": QuantClip, "noisy_quant_clip": NoisyQuantClip, "spike_clip": SpikeClip}
+    if name not in kinds:
+        raise InputError(f"activation {name!r} is unknown: choose 'relu', 'clip', {', '.join(map(repr, kinds))}")
+    if levels is None:
+        raise InputError(f"activation {name!r} quantizes: give it levels of at least 1")
+    return kinds[name](levels, theta)

@@ -89,12 +89,13 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
 
 
 def start_from(model: nn.Module, name: str | Path) -> None:
-    """Copies the weights of a checkpoint into `model`, whose activations may be others: bounds only one of them has stay."""
+    """Copies the weights of a checkpoint into `model`, whose activations may be others: what only one of them has stays."""
     path = find(name)
     tensors, _ = read_tensors(path)
     own = model.state_dict()
-    bounds = {key: value for key, value in own.items() if key.endswith("log_theta") and key not in tensors}
-    weights = {key: value for key, value in tensors.items() if key in own or not key.endswith("log_theta")}
+    of_activations = ("log_theta", ".sigma")
+    bounds = {key: value for key, value in own.items() if key.endswith(of_activations) and key not in tensors}
+    weights = {key: value for key, value in tensors.items() if key in own or not key.endswith(of_activations)}
     load_weights(model, weights | bounds, path)
 
 

@@ -90,7 +90,9 @@ def train(
     network: Annotated[str | None, typer.Option(help="small_cnn or resnet20 [by the data set].")] = None,
     kind: Annotated[str | None, typer.Option(help="ResNet-20 of kind A, B or C.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
-    activation: Annotated[str | None, typer.Option(help="relu, clip (TCL) or quant_clip (QCFS) [quant_clip].")] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="relu, clip (TCL), quant_clip (QCFS) or noisy_quant_clip (NQ) [quant_clip].")
+    ] = None,
     levels: Annotated[int | None, typer.Option(min=1, help="Levels of quant_clip [8].")] = None,
     theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
@@ -146,7 +148,7 @@ def train(
         recipe: Any = JointConfig(**words | second)
     else:
         first.setdefault("network", "small_cnn" if dataset == "digits" else "resnet20")
-        if first.get("activation", "quant_clip") != "quant_clip":
+        if first.get("activation") in ("relu", "clip"):
             first["levels"] = None
         recipe = TrainConfig(**{"epochs": 60} | words | first)
     try:
@@ -169,7 +171,7 @@ def train(
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
-    method: Annotated[str, typer.Option(help="max, percentile, mse, tcl or qcfs.")] = "qcfs",
+    method: Annotated[str, typer.Option(help="max, percentile, mse, qcfs, cos ...: see docs/conversion.md.")] = "qcfs",
     time_steps: Annotated[int, typer.Option(min=1, help="Time-steps it is made for.")] = 8,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A threshold for each channel.")] = False,
     v0: Annotated[float | None, typer.Option(help="Initial potential in thetas [the method's].")] = None,
@@ -184,7 +186,7 @@ def convert(
 
     ann = micelab.load(checkpoint)
     images = None
-    if micelab.methods.get(method).calibrates:
+    if micelab.methods.get(method).needs_images:
         images = to_float(load_data(_dataset_of(ann, dataset), data).train.images[:calibration_images])
     snn = micelab.convert(ann, method, images, time_steps=time_steps, per_channel=per_channel, v0=v0, signed=signed)
     path = micelab.save(snn, out, {"from": checkpoint, "method": method, "command": _command()})
@@ -203,19 +205,20 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, or validation to make choices on.")] = "test",
     limit: LimitOption = None,
     calibration_images: CalibrationOption = 256,
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
     report: ReportOption = None,
     picture: Annotated[Path | None, typer.Option(help="Also write a PNG: accuracy over time, errors of the best method.")] = None,
     data: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
-    from micelab.compare import compare
+    from micelab.compare import compare, merged
     from micelab.data import load_data
 
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is unknown: choose validation or test")
     networks, first = _loaded(checkpoints, method)
+    earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
     found = load_data(_dataset_of(first, dataset), data)
     result = compare(
         networks,
@@ -226,11 +229,13 @@ def evaluate(
         limit,
         calibration_images=calibration_images,
         progress=True,
+        command=_command(),
     )
     if out is not None:
         from micelab.checkpoint import write_whole
 
-        write_whole(out, (json.dumps({"command": _command()} | result.to_dict(), indent=1) + "\n").encode())
+        whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
+        write_whole(out, (json.dumps(whole, indent=1) + "\n").encode())
     if picture is not None:
         from micelab.checkpoint import write_whole
         from micelab.pictures import curve_and_errors
@@ -323,19 +328,20 @@ def _shipped(dataset: str) -> dict[str, Any]:
 
 
 def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
-    """(network of every method, first network): by the activation that each was trained with."""
+    """(network of every row, first network): methods by the activation that each network was trained with."""
     import micelab
-    from micelab.compare import fitting
+    from micelab.compare import rows
 
     loaded: list[Any] = [micelab.load(name) for name in checkpoints]
     for name, model in zip(checkpoints, loaded, strict=True):
         if "activation" not in model.spec:
             raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
-    networks = fitting({model.spec["activation"]: model for model in loaded})
-    for name in chosen or []:
-        if micelab.methods.get(name) and name not in networks:
+    networks = rows(loaded)
+    wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen or []}
+    for name, found in wanted.items():
+        if not found:
             micelab.convert(loaded[0], name)  # says why this method cannot take this network
-    return {name: networks[name] for name in chosen or networks}, loaded[0]
+    return ({row: networks[row] for found in wanted.values() for row in found} if chosen else networks), loaded[0]
 
 
 def _dataset_of(model: Any, given: str | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from math import ceil
+from math import ceil, log10
 
 from torch import Tensor
 
@@ -47,6 +47,7 @@ def accuracy_over_time(
     for number, curve in enumerate(curves):
         place = known.index(curve.method) if curve.method in known else len(known) + number
         hidden = f" ({curve.hidden_steps} hidden)" if curve.hidden_steps else ""
+        hidden = f" (upper bound, {curve.true_words} steps)" if curve.turns > 1 else hidden
         figure.add_scatter(
             x=list(curve.true_steps),
             y=[100 * a for a in curve.accuracy],
@@ -56,7 +57,8 @@ def accuracy_over_time(
             marker={"symbol": METHOD_SYMBOLS[place % len(METHOD_SYMBOLS)], "size": 9},
             hovertemplate="%{x} true steps: %{y:.2f} %",
         )
-    ticks = sorted({t for curve in curves for t in curve.true_steps})
+    usual = [curve for curve in curves if curve.turns == 1] or curves  # an upper bound may run out of the picture
+    ticks = sorted({t for curve in usual for t in curve.true_steps})
     anns = {"ANN": ann_accuracy} if isinstance(ann_accuracy, (int, float)) else dict(ann_accuracy or {})
     for (name, value), dash in zip(anns.items(), _cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
         figure.add_scatter(
@@ -68,7 +70,11 @@ def accuracy_over_time(
             hovertemplate="%{y:.2f} %",
         )
     figure.update_xaxes(
-        type="log", tickvals=ticks, ticktext=[str(t) for t in ticks], title="true time-steps T (hidden ones counted)"
+        range=[log10(ticks[0]) - 0.05, log10(ticks[-1]) + 0.05] if len(usual) < len(curves) else None,
+        type="log",
+        tickvals=ticks,
+        ticktext=[str(t) for t in ticks],
+        title="true time-steps T (hidden ones counted)",
     )
     figure.update_yaxes(title="accuracy (%)", range=[0, 103])
     said = "; ".join(f"{c.method} {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)

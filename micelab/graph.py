@@ -118,6 +118,15 @@ def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
     return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
 
 
+def depth(traced: fx.GraphModule) -> int:
+    """How many activations lie in a row between input and output, on the longest way."""
+    longest: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + is_activation(traced, node)
+    return max(longest.values())
+
+
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
     return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), (*ACTIVATIONS, IntegrateFire))
@@ -396,6 +405,19 @@ class LayerRunner(fx.Interpreter):
 
     def _shapes(self, n: fx.Node) -> str:
         return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))
+
+
+class InputCollector(LayerRunner):
+    """Runs the ANN and keeps the input z of every activation."""
+
+    def __init__(self, traced: Any):
+        super().__init__(traced)
+        self.activations = activations(traced)
+        self.inputs: dict[str, Tensor] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.inputs[name] = z
+        return module(z)
 
 
 def check_images(images: Any) -> Tensor:

@@ -147,9 +147,11 @@ class _Steps(TimeFolded):
         return before._conv_forward(x, *fuse_conv_bn_weights(*affine))
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
-        current, steps = self.rooms(z.float())
-        self.counts[name], _ = fire(current, module.theta, module.v0, False, steps, amplitude=True, count=True)
-        return steps.flatten(0, 1)
+        z = z.float()
+        out = self.room(z)
+        steps = out.unflatten(0, (self.steps, self.images))
+        self.counts[name], _ = fire(self.current(z), module.theta, module.v0, False, steps, amplitude=True, count=True)
+        return out
 
 
 class _Mean(LayerRunner):

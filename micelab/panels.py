@@ -73,7 +73,7 @@ class TimePanel:
         t = self.value
         table = self.tables[t]
         with self.accuracy.batch_update():
-            self.accuracy.data[-1].update(x=[t + self.curve.hidden_steps], y=[100 * self.curve.at(t)])
+            self.accuracy.data[-1].update(x=[self.curve.true(t)], y=[100 * self.curve.at(t)])
         fresh = figures.error_bars(table)
         with self.errors.batch_update():
             for now, new in zip(self.errors.data, fresh.data, strict=True):

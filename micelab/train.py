@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from micelab import checkpoint, models
-from micelab.activation import TrainableClip
-from micelab.data import ImageData, Split, TrainingBatches, load_data
+from micelab.activation import NoisyQuantClip, TrainableClip
+from micelab.data import ImageData, Split, TrainingBatches, load_data, to_float
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.machine import machine
+from micelab.noise import measure_noise
 from micelab.recipe import Recipe
 from micelab.recipe import TrainConfig as TrainConfig
 
 log = logging.getLogger(__name__)
+NOISE_IMAGES = 256
+"""So many validation images tell the conversion error that noise training (NQ) trains with."""
 _COUNTERS = ("epoch", "step", "sums", "seconds")
 
 
@@ -128,6 +131,9 @@ class Run:
         """What is measured after every epoch, on the validation images; "validation_accuracy" among it."""
         found: dict[str, Any] = {"validation_accuracy": accuracy(self.model, self.data.validation, self.accelerator.device)}
         bounds = [m.theta.detach().mean().item() for m in self.model.modules() if isinstance(m, TrainableClip)]
+        if any(isinstance(module, NoisyQuantClip) for module in self.model.modules()):  # the next epoch trains with this noise
+            images = to_float(self.data.validation.images[:NOISE_IMAGES]).to(self.accelerator.device)
+            found["sigma"] = list(measure_noise(self.model, images).values())
         return found | ({"theta": bounds} if bounds else {})
 
     def autocast(self) -> torch.autocast:

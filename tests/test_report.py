@@ -33,11 +33,16 @@ def test_each_method_takes_the_network_it_is_meant_for():
         "max": "relu",
         "percentile": "relu",
         "mse": "relu",
+        "calibrated": "relu",
         "tcl": "clip",
-        "qcfs": "quant_clip",
+        "half_start": "clip",
+        **dict.fromkeys(("qcfs", "signed", "srp", "cos", "step_bias", "accumulate"), "quant_clip"),
     }
-    assert set(fitting({"relu": nets["relu"]})) == {"max", "percentile", "mse"}
+    assert set(fitting({"relu": nets["relu"]})) == {"max", "percentile", "mse", "calibrated"}
     assert fitting({"quant_clip": nets["quant_clip"]})["tcl"] is nets["quant_clip"]
+    noisy = micelab.small_cnn(activation="noisy_quant_clip")
+    assert fitting(nets | {"noisy_quant_clip": noisy})["noise"] is noisy
+    assert fitting({"noisy_quant_clip": noisy}).keys() == micelab.methods.METHODS.keys()
 
 
 def test_points_lost_and_the_curve_tell_the_same_story(result):
@@ -81,7 +86,7 @@ def test_the_page_loads_nothing_and_names_every_method_layer_and_circumstance(re
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
     for name, row in result.results.items():
-        assert f"<summary>{name}</summary>" in page
+        assert f"<summary>{name}" in page
         for layer in row.errors.layers:
             assert layer in page
     assert result.machine in page
