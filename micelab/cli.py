@@ -72,7 +72,7 @@ def demo(
 
     steps = _steps(time_steps)
     found = load_data(dataset, data)
-    networks = _train_trio(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
+    networks = _train_digits(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
     if dataset != "digits" and limit is None:
         limit = 1000
         tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
@@ -171,7 +171,9 @@ def train(
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
-    method: Annotated[str, typer.Option(help="max, percentile, mse, qcfs, cos ...: see docs/conversion.md.")] = "qcfs",
+    method: Annotated[
+        str | None, typer.Option(help="max, qcfs, cos ...: see docs/conversion.md [the one the network was trained for].")
+    ] = None,
     time_steps: Annotated[int, typer.Option(min=1, help="Time-steps it is made for.")] = 8,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A threshold for each channel.")] = False,
     v0: Annotated[float | None, typer.Option(help="Initial potential in thetas [the method's].")] = None,
@@ -182,9 +184,11 @@ def convert(
 ) -> None:
     """Convert a trained network and save the spiking one (`micelab.load` reads it back)."""
     import micelab
+    from micelab.compare import natural
     from micelab.data import load_data, to_float
 
-    ann = micelab.load(checkpoint)
+    ann = _trained(checkpoint)
+    method = method or natural(ann)
     images = None
     if micelab.methods.get(method).needs_images:
         images = to_float(load_data(_dataset_of(ann, dataset), data).train.images[:calibration_images])
@@ -245,10 +249,14 @@ def evaluate(
     _show(result, report, as_json)
 
 
-@command(epilog="Example: `micelab explain resnet20a-cifar10-qcfs --method qcfs --time-steps 4 --report why.html`")
+@command(
+    epilog="Examples: `micelab explain resnet20a-cifar10-qcfs --time-steps 4 --report why.html` · "
+    "`micelab explain resnet20a-cifar10-mice-t4 --before resnet20a-cifar10-qcfs --time-steps 4`"
+)
 def explain(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
-    method: Annotated[str, typer.Option(help="Conversion method.")] = "qcfs",
+    method: Annotated[str | None, typer.Option(help="Conversion method [the one that the network was trained for].")] = None,
+    before: Annotated[str | None, typer.Option(help="Another network, such as its stage 1: layers side by side.")] = None,
     time_steps: Annotated[int, typer.Option(min=1)] = 8,
     images: Annotated[int, typer.Option(min=1, help="Validation images that the errors are averaged over.")] = 256,
     dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
@@ -258,13 +266,32 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Which layer loses accuracy, to which of the errors, and what helps (on validation images)."""
-    from micelab.compare import compare
+    from micelab.compare import compare, natural
     from micelab.data import load_data
 
-    networks, ann = _loaded([checkpoint], [method])
+    networks, ann = _loaded([checkpoint], [method or natural(_trained(checkpoint))])
+    first = None
+    if before is not None:
+        earlier, _ = _loaded([before], [natural(_trained(before))])
+        (first, old), (name, new) = *earlier.items(), *networks.items()
+        if first == name:
+            first, name = f"{first} before", f"{name} after"
+        networks = {first: old, name: new}
     found = load_data(_dataset_of(ann, dataset), data)
     steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
-    result = compare(networks, found, "validation", steps, time_steps, images, images, calibration_images, progress=True)
+    result = compare(
+        networks,
+        found,
+        "validation",
+        steps,
+        time_steps,
+        images,
+        images,
+        calibration_images,
+        progress=True,
+        command=_command(),
+        before=first,
+    )
     _show(result, report, as_json)
 
 
@@ -301,12 +328,12 @@ def _show(result: Any, report: Path | None, as_json: bool) -> None:
             tables.say(f"The whole story, with interactive figures: {page}")
 
 
-def _train_trio(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
-    """One small network for each activation, trained on the digits in seconds."""
+def _train_digits(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
+    """One small network for each activation, trained on the digits in seconds, and the last of them jointly too."""
     import tempfile
 
-    from micelab import tables
-    from micelab.train import TrainConfig
+    from micelab import joint, tables
+    from micelab.recipe import JointConfig, TrainConfig
     from micelab.train import train as run
 
     networks = {}
@@ -316,6 +343,11 @@ def _train_trio(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
                 tables.say(f"Training a small network with activation {activation} on {len(data.train):,} digits ...")
             config = TrainConfig(activation=activation, epochs=30, lr=0.05, theta=2.0, seed=seed)
             networks[activation] = run(config, Path(folder) / activation, data, progress=not quiet)
+        if not quiet:
+            tables.say("Training the last one jointly, with its spikes in the loop, for every T from 1 to 8 ...")
+        second = JointConfig(time_steps=(1, 2, 4, 8), batch_size=64, seed=seed)
+        start = networks["quant_clip"]
+        networks["spike_clip"] = joint.train(second, Path(folder) / "joint", data, model=start, progress=not quiet)
     return networks
 
 
@@ -332,16 +364,23 @@ def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str,
     import micelab
     from micelab.compare import rows
 
-    loaded: list[Any] = [micelab.load(name) for name in checkpoints]
-    for name, model in zip(checkpoints, loaded, strict=True):
-        if "activation" not in model.spec:
-            raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
+    loaded = [_trained(name) for name in checkpoints]
     networks = rows(loaded)
     wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen or []}
     for name, found in wanted.items():
         if not found:
             micelab.convert(loaded[0], name)  # says why this method cannot take this network
     return ({row: networks[row] for found in wanted.values() for row in found} if chosen else networks), loaded[0]
+
+
+def _trained(name: str) -> Any:
+    """The trained network of a checkpoint."""
+    import micelab
+
+    model: Any = micelab.load(name)
+    if "activation" not in model.spec:
+        raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
+    return model
 
 
 def _dataset_of(model: Any, given: str | None) -> str:

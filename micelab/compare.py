@@ -54,7 +54,10 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods on the same images; `images` of them for accuracy, `error_images` for errors and energy."""
+    """Several methods on the same images; `images` of them for accuracy, `error_images` for errors and energy.
+
+    `before`: the row that the other one is to be held against, layer by layer, where the two are one network at two stages.
+    """
 
     dataset: str
     split: str
@@ -62,6 +65,7 @@ class Comparison:
     error_images: int
     time_steps: int
     results: dict[str, MethodResult]
+    before: str | None = None
 
     @property
     def size(self) -> Size:
@@ -72,6 +76,10 @@ class Comparison:
     def machine(self) -> str:
         """Where it was measured."""
         return next(iter(self.results.values())).machine
+
+    def stages(self) -> tuple[str, str] | None:
+        """The rows (before, after) to hold against each other; None where none was named."""
+        return (self.before, next(row for row in self.results if row != self.before)) if self.before else None
 
     def best(self) -> MethodResult:
         """The method that is most accurate in as many true steps as the T of the error tables (or the measured T next to it)."""
@@ -87,6 +95,7 @@ class Comparison:
             "images": self.images,
             "error_images": self.error_images,
             "errors_at_time_steps": self.time_steps,
+            "before": self.before,
             "results": {name: result.to_dict() for name, result in self.results.items()},
         }
 
@@ -103,6 +112,7 @@ def compare(
     points: bool = True,
     progress: bool = False,
     command: str = "",
+    before: str | None = None,
     **options: Any,
 ) -> Comparison:
     """Converts, simulates and explains: `networks` maps each row to the trained network it converts.
@@ -136,7 +146,7 @@ def compare(
             machine=machine(),
             command=command,
         )
-    return Comparison(data.name, split, len(chosen), len(images), explain_at, results)
+    return Comparison(data.name, split, len(chosen), len(images), explain_at, results, before)
 
 
 def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -155,6 +165,13 @@ def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         if found:
             chosen[name] = networks[found[0]]
     return chosen
+
+
+def natural(network: Any) -> str:
+    """The method that a network of micelab was trained for: what to convert it with where nothing else is asked."""
+    return {"relu": "mse", "clip": "half_start", "noisy_quant_clip": "noise", "spike_clip": "mice"}.get(
+        network.spec["activation"], "qcfs"
+    )
 
 
 def rows(networks: Sequence[Any]) -> dict[str, nn.Module]:

@@ -119,6 +119,55 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
     return _styled(figure, title or f"Errors of every layer: {table.method}, T = {table.time_steps}", alt, 460)
 
 
+def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, str], title: str | None = None) -> go.Figure:
+    """The same layers' errors of two networks, one above the other on one scale: what a training took away, and where.
+
+    names: what the two are called, "qcfs" and "mice", say. Raises InputError where the layers are not the same.
+    """
+    if list(before.layers) != list(after.layers):
+        raise InputError("the two tables are of different layers: compare networks of one shape")
+    rows = [relative_errors(before), relative_errors(after)]
+    labels, totals = _labels(before.layers), [[layer.relative for layer in t.layers.values()] for t in (before, after)]
+    heads = [f"{escape(name, quote=False)}, T = {t.time_steps}" for name, t in zip(names, (before, after), strict=True)]
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=heads)
+    for row, (values, total) in enumerate(zip(rows, totals, strict=True), start=1):
+        for kind in KINDS:
+            figure.add_bar(
+                x=labels,
+                y=[100 * v for v in values[kind]],
+                name=kind,
+                marker_color=COLOURS[kind],
+                showlegend=row == 1,
+                legendgroup=kind,
+                hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.add_scatter(
+            x=labels,
+            y=[100 * v for v in total],
+            name="total",
+            mode="lines+markers",
+            line={"color": TOTAL, "width": 1.5, "dash": "dot"},
+            showlegend=row == 1,
+            legendgroup="total",
+            hovertemplate="%{x}, total: %{y:.1f} %<extra></extra>",
+            row=row,
+            col=1,
+        )
+    top = 105 * max([*totals[0], *totals[1], *(v for values in rows for kind in KINDS for v in values[kind])], default=0.0)
+    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
+    _layer_axis(figure, labels)
+    figure.update_xaxes(title=None, showticklabels=False, row=1, col=1)
+    figure.update_yaxes(title="error (rms, % of signal)", range=[0, top or 1])
+    means = [100 * sum(t) / len(t) for t in totals]
+    said = (
+        f"Errors of {len(labels)} layers at T = {after.time_steps}: mean total {means[0]:.0f} % of the signal with {names[0]}, "
+    )
+    figure = _styled(figure, title or "Errors of every layer, before and after", said + f"{means[1]:.0f} % with {names[1]}.", 620)
+    return figure.update_layout(margin_t=95)
+
+
 def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Figure:
     """From the ANN's accuracy to the SNN's: the points lost to clipping, quantization and timing, as hanging bars.
 

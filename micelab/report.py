@@ -95,6 +95,8 @@ def _page(result: Comparison, command: str) -> str:
         waterfall = figures.lost_points_waterfall(lost, f"{best}: where the points go at T = {result.time_steps}")
         parts.append(figure(waterfall))
     parts.append(f"<h2>Which layer, and why?</h2><p>Errors over {result.error_images} images.</p>")
+    if (stages := result.stages()) is not None:
+        parts.append(figure(figures.before_and_after(rows[stages[0]].errors, rows[stages[1]].errors, stages)))
     parts += [
         _method_section(name, row, result.time_steps, figure(figures.error_bars(row.errors)), opened=name == best)
         for name, row in rows.items()

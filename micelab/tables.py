@@ -30,6 +30,10 @@ def show(result: Comparison) -> None:
     shown = result.best()
     over = f"over {result.error_images} images, rms in % of its signal"
     steps = f"T = {result.time_steps} ({shown.curve.true(result.time_steps)} true steps)"
+    if (stages := result.stages()) is not None:
+        before, after = (result.results[name].errors for name in stages)
+        say(f"Each layer at T = {result.time_steps}, {stages[0]} -> {stages[1]}, {over}:")
+        _console.print(before_and_after(before, after))
     say(f"{shown.curve.method}: errors of each layer at {steps} {over}:")
     _console.print(error_table(shown.errors))
     say(shown.errors.words())
@@ -79,6 +83,20 @@ def error_table(errors: ErrorTable) -> Table:
         shares = [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for kind in (*KINDS, "total")]
         shares += [layer.over_firing, layer.under_firing, layer.saturated]
         table.add_row(name, f"{layer.theta:.3g}", *[f"{100 * share:.1f} %" for share in shares])
+    return table
+
+
+def before_and_after(before: ErrorTable, after: ErrorTable) -> Table:
+    """One row a layer: each error's rms over the layer's signal, and the shares of odd neurons, before -> after."""
+    table = Table()
+    for heading in ("layer", *KINDS, "total", "over-fire", "under-fire"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for name, old in before.layers.items():
+        shares = []
+        for layer in (old, after.layers[name]):
+            of_signal = [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for kind in (*KINDS, "total")]
+            shares.append([*of_signal, layer.over_firing, layer.under_firing])
+        table.add_row(name, *[f"{100 * a:.0f} -> {100 * b:.0f} %" for a, b in zip(*shares, strict=True)])
     return table
 
 
