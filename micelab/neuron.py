@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 
+FUSED = {"cuda"}
+"""Types of device where the time loop is one kernel."""
+
 
 def integrate_and_fire(
     current: Tensor, theta: Tensor | float, v0: Tensor | float = 0.5, signed: bool = False
@@ -62,9 +65,9 @@ def fire(
 
     The one time loop of micelab: every simulation runs through it. `out` may be `current` itself. With `amplitude`,
     theta*s(t) is written, what the next layer receives; only with `count` are the spikes summed over time. On CUDA the loop
-    is one kernel (`micelab.triton_neuron`) where that can run.
+    is one kernel, `micelab.triton_neuron`, where that can run.
     """
-    if current.is_cuda:
+    if current.device.type in FUSED:
         from micelab import triton_neuron
 
         fused = triton_neuron.fire(current, theta, v0, signed, out, amplitude, count)

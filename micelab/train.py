@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from micelab import checkpoint, models
 from micelab.activation import TrainableClip
-from micelab.data import Augmentation, ImageData, Split, TrainingBatches, data_folder, load_data
+from micelab.batches import training_batches
+from micelab.data import Augmentation, ImageData, Split, data_folder, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.machine import default_precision as default_precision
 from micelab.machine import machine
@@ -129,7 +130,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, out: Path, data: ImageData, accelerator: Any):
         self.config, self.out, self.data, self.accelerator = config, out, data, accelerator
-        self.batches = TrainingBatches(
+        self.batches = training_batches(
             data.train,
             config.batch_size,
             config.augment,
@@ -137,6 +138,7 @@ class _Run:
             flip=data.name != "digits",
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            device=accelerator.device,
         )
         self.model = config.build(data).to(accelerator.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)

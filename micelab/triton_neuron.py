@@ -79,14 +79,16 @@ def fire_kernel(  # type: ignore[no-untyped-def]
     SIGNED: tl.constexpr,
     AMPLITUDE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    PER_NEURON: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`neurons` neurons, BLOCK for each program, one step's values `step_...` elements after those of the step before.
 
     theta, start: one number, or one for each channel (neuron i of the memory order is of channel i // channel_stride %
-    channels). plus: a second current to be added, or None. count: where the sum of spikes goes, or None. The membrane is
-    rounded to the type of `residual` after every operation, and kept in fp32 (fp64 for fp64) between them.
+    channels); start with PER_NEURON: one for each neuron. plus: a second current to be added, or None. count: where the sum
+    of spikes goes, or None. The membrane is rounded to the type of `residual` after every operation, and kept in fp32 (fp64
+    for fp64) between them.
     """
     membrane: tl.constexpr = residual.dtype.element_ty
     wide: tl.constexpr = tl.float64 if membrane == tl.float64 else tl.float32
@@ -94,7 +96,8 @@ def fire_kernel(  # type: ignore[no-untyped-def]
     inside = here < neurons
     channel = (here // channel_stride) % channels if PER_CHANNEL else here * 0
     bound = tl.load(theta + channel).to(wide)
-    v = tl.load(start + channel).to(wide)
+    own = here if PER_NEURON else channel
+    v = tl.load(start + own, mask=inside, other=0.0).to(wide)
     fired = tl.zeros([BLOCK], wide)
     if UNROLL:
         for t in tl.static_range(T):
@@ -125,9 +128,10 @@ def fire(
 ) -> tuple[Tensor, Tensor] | None:
     """What `micelab.neuron.fire` does, (count, residual), by the kernel; None where it cannot run here (said once, in the log).
 
-    current [T, N, ...] fp32, bf16, fp16 or fp64; plus: a second one, summed in (a residual connection); out: their like, or
-    uint8/int8 for spikes that are not multiplied by theta. Tensors in one memory order are read and written without copies;
-    where `out` lies in another order than `current`, the currents are copied into its order first.
+    current [T, N, ...] fp32, bf16, fp16 or fp64; v0: scalar, [C], or [N, ...], one for each neuron of each image; plus: a
+    second current, summed in (a residual connection); out: like `current`, or uint8/int8 for spikes that are not multiplied
+    by theta. Tensors in one memory order are read and written without copies; where `out` lies in another order than
+    `current`, the currents are copied into its order first.
     """
     if (why := why_not(current.device)) is not None:
         _say_once(why)
@@ -135,10 +139,14 @@ def fire(
     if not out.is_floating_point() and (amplitude or (signed and out.dtype == torch.uint8)):
         what = "theta*s is a real number" if amplitude else "a signed neuron also sends -1"
         raise InputError(f"spikes are to be written as {out.dtype}, but {what}: use {'a floating type' if amplitude else 'int8'}")
-    theta = over_channels(theta, current, channel_dim=2)
-    start = over_channels(v0, current, channel_dim=2) * theta
-    theta, start = (value.flatten().expand(max(theta.numel(), start.numel())).contiguous() for value in (theta, start))
     room = out if _is_dense(out[0]) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    theta = over_channels(theta, current, channel_dim=2)
+    if isinstance(v0, Tensor) and v0.dim() > 1:
+        start = torch.empty_like(room[0], dtype=current.dtype).copy_(v0 * theta)
+        theta = theta.flatten()
+    else:
+        start = over_channels(v0, current, channel_dim=2) * theta
+        theta, start = (value.flatten().expand(max(theta.numel(), start.numel())).contiguous() for value in (theta, start))
     current = _in_order_of(room, current)
     plus = None if plus is None else _in_order_of(room, plus)
     fired, residual = _fire_op(current, plus, theta, start, room, signed, amplitude, count)
@@ -203,6 +211,7 @@ def run_kernel(
             SIGNED=signed,
             AMPLITUDE=amplitude,
             PER_CHANNEL=theta.numel() > 1,
+            PER_NEURON=start.dim() > 1,
             UNROLL=current.shape[0] <= UNROLLED,
             BLOCK=BLOCK,
             num_warps=WARPS,
