@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import signal
 import statistics
 import subprocess
@@ -32,17 +31,17 @@ from micelab import neuron
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, machine
 
+_WIDE = "--kind C --epochs 20 --batch-size 256 --precision bf16 --augment cutout"
 RECIPES = {  # to become `--recipe cifar10-c` where `micelab train` knows recipes by name
-    "cifar10-c": "--dataset cifar10 --kind C --epochs 20 --batch-size 256 --precision bf16 --label-smoothing 0.1 --augment cutout",
-    "cifar100-c": "--dataset cifar100 --kind C --epochs 20 --batch-size 256 --precision bf16 --lr 0.05 --augment cutout",
+    "cifar10-c": f"--dataset cifar10 --label-smoothing 0.1 {_WIDE}",
+    "cifar100-c": f"--dataset cifar100 --lr 0.05 {_WIDE}",
 }
 SMALL_RECIPES = {"digits": "--dataset digits --epochs 1"}
 
 
 def neurons_alike(device: str, small: bool) -> list[dict[str, Any]]:
     """Spikes, counts and residuals of random currents on `device` and on the CPU: how many numbers differ, case by case."""
-    rows = []
-    side = 8 if small else 32
+    rows, side = [], 8 if small else 32
     for dtype in (torch.float32, torch.bfloat16):
         for steps in (1, 8, 32):
             for signed in (False, True):
@@ -87,9 +86,9 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, d
         run = there.simulate(images.to(device), time_steps)
         return sum(int((run.layers[name].count.cpu() != layer.count).sum()) for name, layer in expected.layers.items())
 
-    found = {"neurons": sum(layer.count.numel() for layer in expected.layers.values()), "different": different()}
-    found["spikes"] = sum(int(layer.count.sum()) for layer in expected.layers.values())
-    found |= {"time_steps": time_steps, "images": len(images), "layers": len(expected.layers)}
+    counts = [layer.count for layer in expected.layers.values()]
+    found = {"neurons": sum(map(torch.numel, counts)), "spikes": sum(int(n.sum()) for n in counts), "different": different()}
+    found |= {"time_steps": time_steps, "images": len(images), "layers": len(counts)}
     if found["different"] and device != "cpu":
         with torch.backends.cudnn.flags(enabled=False):
             found["different_without_cudnn"] = different()
@@ -125,9 +124,7 @@ def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) 
     backends: tuple[str | None, ...] = tuple(getattr(node, "supported_backends", ())) or (None,)
 
     def way(backend: str | None) -> Callable[[Tensor], Tensor]:
-        def make(_: str, layer: Any) -> nn.Module:
-            return MultiStep(float(layer.theta), float(layer.v0), time_steps, backend)
-
+        make = lambda _, layer: MultiStep(float(layer.theta), float(layer.v0), time_steps, backend)
         net = replace_activations(copy.deepcopy(snn.layers), make).eval()
 
         def run(images: Tensor) -> Tensor:
@@ -141,8 +138,8 @@ def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) 
 
 def measured(run: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[str, Any]:
     """Images per second (median, lowest, highest of `rounds`, after one run to warm up) and peak memory in MB (CUDA only)."""
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     run(images)
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     wait()
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -159,7 +156,7 @@ def measured(run: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> di
 
 def speeds(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Rows of `measured` for micelab, its convolutions alone (the best of three batches) and spikingjelly, in fp32 and bf16."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows = {}
     for kind, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         net, pixels = copy.deepcopy(snn).to(device, kind), images.to(device, kind)
         chunk = net.chunk(pixels, time_steps)
@@ -190,7 +187,7 @@ def speeds(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device:
 
 def trained(options: str, out: Path, minutes: float) -> dict[str, Any]:
     """What `micelab train` reaches with these options within so many minutes; a run that is stopped keeps its state in `out`."""
-    command = [sys.executable, "-m", "micelab", "train", *shlex.split(options), "--out", str(out)]
+    command = [sys.executable, "-m", "micelab", "train", *options.split(), "--out", str(out)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     stopped = False
@@ -201,8 +198,7 @@ def trained(options: str, out: Path, minutes: float) -> dict[str, Any]:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
     found: dict[str, Any] = {"options": options, "minutes": round((time.perf_counter() - started) / 60, 2), "stopped": stopped}
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():
+    if (metrics := out / "metrics.jsonl").exists():
         last = json.loads(metrics.read_text().splitlines()[-1])
         found |= {"epochs": last["epoch"], "validation_accuracy": last["validation_accuracy"]}
     if process.returncode and not stopped:
@@ -259,6 +255,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
+    """Results so far as OUT.json and OUT.md."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     out.with_suffix(".md").write_text(page(results))
