@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from micelab.augment import Augmentation, augmentation, padding_for
 from micelab.exceptions import DataError, InputError
 
 SplitName = Literal["train", "validation", "test"]
-Augmentation = Literal["none", "standard", "cutout", "auto"]
 VALIDATION_SHARE = {"digits": 0.1, "cifar10": 0.05, "cifar100": 0.05}
 _SPLIT_SEED = 2023
 
@@ -234,29 +234,6 @@ def _image_folder(path: Path, size: int) -> ImageData:
     return _assemble(path.name, images, labels, test_images, test_labels, classes)
 
 
-def augmentation(name: Augmentation, size: int, flip: bool = True) -> v2.Transform | None:
-    """Random transform of one uint8 image [C, H + 2p, W + 2p] (padded beforehand, `padding_for`) to [C, H, W].
-
-    "standard": crop and mirror; "cutout": also a quarter of the image blanked; "auto": also AutoAugment (CIFAR policy).
-    """
-    if name == "none":
-        return None
-    if name not in ("standard", "cutout", "auto"):
-        raise InputError(f"augmentation {name!r} is unknown: choose 'none', 'standard', 'cutout' or 'auto'")
-    steps: list[v2.Transform] = [v2.RandomCrop(size)] + [v2.RandomHorizontalFlip()] * flip
-    if name == "auto":
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
-    if name in ("cutout", "auto"):
-        share = 0.25 if size >= 16 else 0.1
-        steps.append(v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0)))
-    return v2.Compose(steps)
-
-
-def padding_for(size: int) -> int:
-    """Pixels added on each side before the random crop: 4 for 32x32, 1 for 8x8 (the field's custom, an eighth)."""
-    return size // 8
-
-
 class TrainingBatches:
     """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
 
@@ -280,16 +257,24 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch)))
+        order = self.order(epoch)
         for step in range(first_step, len(self)):
-            torch.manual_seed(mix_seed(self.seed, epoch, step, self.rank))
-            picked = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
+            picked = self.part(order, step)
             images = self.images[picked]
             if self.transform is not None:
                 images = torch.stack([self.transform(image) for image in images])
             yield to_float(images), self.labels[picked]
 
+    def order(self, epoch: int) -> Tensor:
+        """The training images' numbers in the order of `epoch`, [N], on the CPU."""
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
 
-def mix_seed(*numbers: int) -> int:
+    def part(self, order: Tensor, step: int) -> Tensor:
+        """Those of `order` that this process takes in `step`."""
+        return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+
+
+def mix(*numbers: int) -> int:
     """One seed out of several numbers (NumPy's SeedSequence, which spreads close seeds far apart)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from micelab.activation import TrainableClip
 from micelab.exceptions import ConversionError, InputError
+from micelab.machine import full_precision
 from micelab.models import Normalize
 from micelab.neuron import IntegrateFire
 
@@ -378,6 +379,10 @@ class LayerRunner(fx.Interpreter):
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         """What the activation `name` gives back for its input z; here the module's own value."""
         return module(z)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(args[0].device if isinstance(args[0], Tensor) else torch.device("cpu")):
+            return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         try:

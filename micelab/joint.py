@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from micelab import checkpoint
 from micelab.activation import SpikeClip, TrainableClip, over_channels, straight_through
 from micelab.convert import convert
-from micelab.data import ImageData, mix_seed
+from micelab.data import ImageData, mix
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import BATCH_NORMS, CONVOLUTIONS, LayerRunner, activations, check_images, is_activation, read, trace
 from micelab.metrics import accuracy_curve
@@ -295,7 +295,7 @@ class _JointRun(Run):
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        drawn = mix_seed(config.seed, self.epoch, self.step) % len(config.time_steps)
+        drawn = mix(config.seed, self.epoch, self.step) % len(config.time_steps)
         with self.autocast():
             logits, penalty = self.forward(images, config.time_steps[drawn], config.penalty > 0)
         logits = logits.float()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +16,30 @@ def default_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Convolutions and matrix products of fp32 tensors in fp32 on CUDA, not in TF32, which is torch's default there.
+
+    TF32 keeps 10 of 23 bits of every factor and so flips spikes. What the caller had set is set again afterwards.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    name: str = "allow_tf32"
+    value: Any = False
+    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9 and later; the older name may not be mixed with it
+        backends[0], name, value = torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, value)
+        yield
+    finally:
+        for backend, was in zip(backends, before, strict=True):
+            setattr(backend, name, was)
 
 
 def machine() -> str:

@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size
+from micelab.memory import device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
 CACHE_BUDGET = 4 * 2**20
 """Bytes that the largest layer's activations of one chunk may take on a CPU: a chunk that spills the cache loses a third."""
 
 DEVICE_BUDGET = 512 * 2**20
-"""The same on an accelerator, where large chunks are what keeps it busy."""
+"""The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
 
 @dataclass
@@ -127,6 +128,7 @@ class SpikingNetwork(nn.Module):
         self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
         self._largest: dict[tuple[int, ...], int] = {}
+        self._shrink = 1
 
     @property
     def neurons(self) -> dict[str, IntegrateFire]:
@@ -147,27 +149,35 @@ class SpikingNetwork(nn.Module):
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
-        through at a time (default: as many as fit the cache or the device budget), which does not change the result.
+        through at a time (default: as many as fit the cache or the device budget), which does not change the result. Where
+        the device runs out of memory the chunk is halved, and stays so.
         """
         images = self._check(images, time_steps)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
-        size = chunk or self.chunk(images, time_steps)
-        if size >= len(images):
-            return self._simulate(images, time_steps, record or spikes, spikes)
         whole: SimulationRun | None = None
-        for start in range(0, len(images), size):
-            part = self._simulate(images[start : start + size], time_steps, record or spikes, spikes)
-            whole = whole or part.room_for(len(images))
-            whole.put(part, start)
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk):
+            if len(part) == len(images):
+                return run
+            whole = whole or _whole(run, len(images), images.device)
+            whole.put(run, start)
         assert whole is not None
         return whole
 
     def stream(self, images: Tensor, time_steps: int, spikes: bool = False) -> Iterator[tuple[Tensor, SimulationRun]]:
         """(images, run) chunk by chunk, so that what is kept stays small for any number of images."""
         images = self._check(images, time_steps)
-        for part in images.split(self.chunk(images, time_steps)):
-            yield part, self._simulate(part, time_steps, True, spikes)
+        for _, part, run in self._parts(images, time_steps, True, spikes):
+            yield part, run
+
+    def _parts(
+        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None
+    ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
+        def halved() -> None:
+            self._shrink *= 1 if chunk else 2
+
+        size = chunk or self.chunk(images, time_steps)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved)
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
         """How many images go through at a time: the largest layer's T steps of them fill the budget, one at the least."""
@@ -177,7 +187,8 @@ class SpikingNetwork(nn.Module):
             with torch.inference_mode():
                 probe.run(images[:1])
             self._largest[shape] = probe.largest
-        budget = CACHE_BUDGET if images.device.type == "cpu" else DEVICE_BUDGET
+        budget = CACHE_BUDGET if images.device.type == "cpu" else device_budget(images.device, DEVICE_BUDGET)
+        budget //= self._shrink
         return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)[0]))
 
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
@@ -294,6 +305,16 @@ class TimeFolded(LayerRunner):
         spikes = self.counted(steps).sign().to(torch.int8) if self.spikes else None
         hidden = None if did.hidden is None else did.hidden.to(kind)
         return LayerRun(did.count.to(kind), did.residual, mean, theta, did.v0, self.time_steps, spikes, hidden)
+
+
+def _whole(part: SimulationRun, images: int, device: torch.device) -> SimulationRun:
+    try:
+        return part.room_for(images)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the memory of {device} does not suffice to keep what every layer did for {images} images: use record=False, or "
+            "`stream`, which gives it chunk by chunk"
+        ) from error
 
 
 def _room(tensor: Tensor, dim: int, images: int) -> Tensor:

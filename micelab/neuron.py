@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 
+FUSED = {"cuda"}
+"""Types of device where the time loop is one kernel."""
+
 
 def integrate_and_fire(
     current: Tensor, theta: Tensor | float, v0: Tensor | float = 0.5, signed: bool = False
@@ -64,8 +67,15 @@ def fire(
     """Writes the spikes of every step into `out` [T, N, ...]; gives back (count, residual), both [N, ...].
 
     The one time loop of micelab: every simulation runs through it. `out` may be `current` itself. With `amplitude`,
-    theta*s(t) is written, what the next layer receives; only with `count` are the spikes summed over time.
+    theta*s(t) is written, what the next layer receives; only with `count` are the spikes summed over time. On CUDA the loop
+    is one kernel, `micelab.triton_neuron`, where that can run.
     """
+    if current.device.type in FUSED:
+        from micelab import triton_neuron
+
+        fused = triton_neuron.fire(current, theta, v0, signed, out, amplitude, count)
+        if fused is not None:
+            return fused
     theta = over_channels(theta, current, channel_dim=2)
     v = torch.empty_like(current[0]).copy_((over_channels(v0, current, channel_dim=2) * theta).expand_as(current[0]))
     fired = torch.zeros_like(v) if signed or count else v.new_empty(0)

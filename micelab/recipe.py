@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from micelab import checkpoint, models
-from micelab.data import Augmentation, ImageData
+from micelab.augment import Augmentation
+from micelab.data import ImageData
 from micelab.exceptions import InputError
 
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from micelab import checkpoint, models
 from micelab.activation import NoisyQuantClip, TrainableClip
-from micelab.data import ImageData, Split, TrainingBatches, load_data, to_float
+from micelab.batches import training_batches
+from micelab.data import ImageData, Split, load_data, to_float
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.machine import machine
 from micelab.noise import measure_noise
@@ -93,7 +94,7 @@ class Run:
 
     def __init__(self, config: Any, out: Path, data: ImageData, accelerator: Any):
         self.config, self.out, self.data, self.accelerator = config, out, data, accelerator
-        self.batches = TrainingBatches(
+        self.batches = training_batches(
             data.train,
             config.batch_size,
             config.augment,
@@ -101,6 +102,7 @@ class Run:
             flip=data.name != "digits",
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            device=accelerator.device,
         )
         self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
         self.optimizer = self.make_optimizer(_groups(self.model, config))

@@ -44,7 +44,7 @@ def test_conda_and_the_package_ask_for_the_same_python():
 
 def test_every_extra_that_make_installs_is_in_pyproject():
     named = set(re.findall(r"\.venv/with-(\w+)", MAKEFILE))
-    assert named == {"course", "test", "figures"}
+    assert named == {"course", "test", "figures", "bench"}
     assert named <= EXTRAS.keys()
 
 

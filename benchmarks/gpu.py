@@ -1,0 +1,301 @@
+"""One command for a person with an NVIDIA card: does it compute what the CPU computes, how fast, in how much memory?
+
+    make gpu                      # or: python benchmarks/gpu.py
+    make gpu DEVICE=cpu SMALL=1   # the same steps on the CPU with small networks, in a minute: to see that the command works
+
+Four parts: neurons alone against the CPU's; spike counts of whole networks with weights on a 2^-k grid, where every sum is exact
+in any order, against the CPU's; images per second and peak memory beside the convolutions alone and spikingjelly, where it is
+installed; training by `micelab train`, stopped after `--minutes`. Writes one JSON and one Markdown page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from simulation import convolutions_alone
+from torch import Tensor, nn
+
+import micelab
+from micelab import neuron
+from micelab.graph import replace_activations
+from micelab.machine import full_precision, machine
+
+_WIDE = "--kind C --epochs 20 --batch-size 256 --precision bf16 --augment cutout"
+RECIPES = {  # to become `--recipe cifar10-c` where `micelab train` knows recipes by name
+    "cifar10-c": f"--dataset cifar10 --label-smoothing 0.1 {_WIDE}",
+    "cifar100-c": f"--dataset cifar100 --lr 0.05 {_WIDE}",
+}
+SMALL_RECIPES = {"digits": "--dataset digits --epochs 1"}
+
+
+def neurons_alike(device: str, small: bool) -> list[dict[str, Any]]:
+    """Spikes, counts and residuals of random currents on `device` and on the CPU: how many numbers differ, case by case."""
+    rows, side = [], 8 if small else 32
+    for dtype in (torch.float32, torch.bfloat16):
+        for steps in (1, 8, 32):
+            for signed in (False, True):
+                generator = torch.Generator().manual_seed(steps)
+                current = torch.randn(steps * 3, 16, side, side, generator=generator).to(dtype)
+                current = current.contiguous(memory_format=torch.channels_last).unflatten(0, (steps, 3))
+                theta = torch.linspace(0.3, 1.5, 16)
+                results = []
+                for place in ("cpu", device):
+                    moved, out = current.to(place), torch.empty_like(current, device=place)
+                    fired = neuron.fire(moved, theta.to(place), 0.5, signed, out, amplitude=True, count=True)
+                    results.append([tensor.cpu() for tensor in (out, *fired)])
+                different = sum(int((a != b).sum()) for a, b in zip(*results, strict=True))
+                rows.append({"type": str(dtype)[6:], "time_steps": steps, "signed": signed, "different": different})
+    return rows
+
+
+def on_a_grid(snn: micelab.SpikingNetwork, bits: int = 6) -> micelab.SpikingNetwork:
+    """A copy with weights on a grid of 2^-bits and thresholds and image spread at powers of two: fp32 sums are then exact."""
+    snn = copy.deepcopy(snn)
+    for tensor in (*snn.layers.parameters(), *snn.layers.buffers()):
+        tensor.copy_((tensor * 2**bits).round() / 2**bits)
+    for layer in snn.neurons.values():
+        layer.theta.copy_(layer.theta.clamp(min=2**-bits).log2().round().exp2())
+    for module in snn.modules():
+        if isinstance(module, micelab.models.Normalize):
+            module.std.copy_(module.std.clamp(min=2**-bits).log2().round().exp2())
+    return snn
+
+
+def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str) -> dict[str, Any]:
+    """Spike counts of every layer on `device` and on the CPU, weights on a grid: how many neurons differ.
+
+    cuDNN may choose an algorithm that transforms the weights (Winograd) and is not exact on the grid; where counts differ the
+    comparison is made again without cuDNN, which says whether it was the convolutions or the neurons.
+    """
+    snn, images = on_a_grid(snn), (images * 16).round() / 16
+    expected = snn.simulate(images, time_steps)
+    there = copy.deepcopy(snn).to(device)
+
+    def different() -> int:
+        run = there.simulate(images.to(device), time_steps)
+        return sum(int((run.layers[name].count.cpu() != layer.count).sum()) for name, layer in expected.layers.items())
+
+    counts = [layer.count for layer in expected.layers.values()]
+    found = {"neurons": sum(map(torch.numel, counts)), "spikes": sum(int(n.sum()) for n in counts), "different": different()}
+    found |= {"time_steps": time_steps, "images": len(images), "layers": len(counts)}
+    if found["different"] and device != "cpu":
+        with torch.backends.cudnn.flags(enabled=False):
+            found["different_without_cudnn"] = different()
+    return found
+
+
+class MultiStep(nn.Module):
+    """spikingjelly's IFNode, all steps in one call, on values [T*N, ...], sending theta at every spike."""
+
+    def __init__(self, theta: float, v0: float, time_steps: int, backend: str | None):
+        super().__init__()
+        from spikingjelly.activation_based import neuron as theirs
+
+        self.node = theirs.IFNode(v_threshold=theta, v_reset=None, step_mode="m")
+        if backend is not None:
+            self.node.backend = backend
+        self.theta, self.start, self.time_steps = theta, v0 * theta, time_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.node.reset()
+        x = x.unflatten(0, (self.time_steps, -1))
+        self.node.v = torch.full_like(x[0], self.start)
+        return (self.node(x) * self.theta).flatten(0, 1)
+
+
+def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """One way for each backend that the installed spikingjelly offers (version 2 chooses by itself); none where it is absent."""
+    try:
+        from spikingjelly.activation_based import neuron as theirs
+    except ImportError:
+        return {}
+    node = theirs.IFNode(step_mode="m")
+    backends: tuple[str | None, ...] = tuple(getattr(node, "supported_backends", ())) or (None,)
+
+    def way(backend: str | None) -> Callable[[Tensor], Tensor]:
+        make = lambda _, layer: MultiStep(float(layer.theta), float(layer.v0), time_steps, backend)
+        net = replace_activations(copy.deepcopy(snn.layers), make).eval()
+
+        def run(images: Tensor) -> Tensor:
+            parts = [net(part.repeat(time_steps, 1, 1, 1)).unflatten(0, (time_steps, -1)).mean(0) for part in images.split(chunk)]
+            return torch.cat(parts)
+
+        return run
+
+    return {f"spikingjelly, {backend or 'its own'} backend": way(backend) for backend in backends}
+
+
+def measured(run: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[str, Any]:
+    """Images per second (median, lowest, highest of `rounds`, after one run to warm up) and peak memory in MB (CUDA only)."""
+    run(images)
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    wait()
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    speeds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run(images)
+        wait()
+        speeds.append(len(images) / (time.perf_counter() - started))
+    peak = torch.cuda.max_memory_allocated() // 2**20 if images.is_cuda else None
+    speed = {"images_per_second": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds)}
+    return {name: round(value, 1) for name, value in speed.items()} | {"peak_mb": peak}
+
+
+def speeds(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows of `measured` for micelab, its convolutions alone (the best of three batches) and spikingjelly, in fp32 and bf16."""
+    rows = {}
+    for kind, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        net, pixels = copy.deepcopy(snn).to(device, kind), images.to(device, kind)
+        chunk = net.chunk(pixels, time_steps)
+        with torch.inference_mode(), full_precision(pixels.device):
+            floors = [measured(convolutions_alone(net, time_steps, size), pixels, rounds) for size in (64, 256, 1024)]
+            floor = max(floors, key=lambda row: row["images_per_second"])
+            ways: dict[str, Callable[[Tensor], Tensor]] = {
+                "micelab": lambda x, net=net: net.simulate(x, time_steps, record=False).logits[-1],
+                "micelab, everything recorded": lambda x, net=net: net.simulate(x, time_steps).logits[-1],
+            }
+            ways |= spikingjelly_ways(net, time_steps, chunk) if kind == torch.float32 else {}
+            expected = ways["micelab"](pixels).argmax(1)
+            for name, run in ways.items():
+                try:
+                    row = measured(run, pixels, rounds)
+                    row["same_predictions"] = float((run(pixels).argmax(1) == expected).float().mean())
+                except Exception as error:  # a peer's backend that does not run here is a line in the table, not the end
+                    if name.startswith("micelab"):
+                        raise
+                    row = {"failed": str(error).splitlines()[0][:120]}
+                rows[f"{name}, {label}"] = row
+        rows[f"convolutions alone, {label}"] = floor
+        for name, row in rows.items():
+            if name.endswith(label) and "images_per_second" in row:
+                row["share_of_floor"] = round(row["images_per_second"] / floor["images_per_second"], 3)
+    return rows
+
+
+def trained(options: str, out: Path, minutes: float) -> dict[str, Any]:
+    """What `micelab train` reaches with these options within so many minutes; a run that is stopped keeps its state in `out`."""
+    command = [sys.executable, "-m", "micelab", "train", *options.split(), "--out", str(out)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    stopped = False
+    try:
+        _, said = process.communicate(timeout=minutes * 60)
+    except subprocess.TimeoutExpired:
+        stopped = True
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    found: dict[str, Any] = {"options": options, "minutes": round((time.perf_counter() - started) / 60, 2), "stopped": stopped}
+    if (metrics := out / "metrics.jsonl").exists():
+        last = json.loads(metrics.read_text().splitlines()[-1])
+        found |= {"epochs": last["epoch"], "validation_accuracy": last["validation_accuracy"]}
+    if process.returncode and not stopped:
+        found["failed"] = said.strip().splitlines()[-1] if said.strip() else f"exit status {process.returncode}"
+    return found
+
+
+def networks(small: bool) -> dict[str, micelab.SpikingNetwork]:
+    """The networks that are measured: A as shipped, C with random weights (a speed does not depend on them, spikes aside)."""
+    torch.manual_seed(0)
+    if small:
+        return {"ResNet-20, width 4, random weights": micelab.convert(random_network(width=4), "qcfs")}
+    return {
+        "ResNet-20 kind A, resnet20a-cifar10-qcfs": micelab.convert(micelab.load("resnet20a-cifar10-qcfs"), "qcfs"),
+        "ResNet-20 kind C, random weights": micelab.convert(random_network(kind="C"), "qcfs"),
+    }
+
+
+def random_network(**options: Any) -> nn.Module:
+    """A ResNet-20 whose batch-norms have statistics of their own, so that its neurons fire."""
+    ann = micelab.resnet20(activation="quant_clip", theta=1.0, **options)
+    with torch.no_grad():
+        ann.train()(torch.rand(32, 3, 32, 32))
+    return ann.eval()
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [f"# micelab on {results['machine']}", "", f"`{results['command']}`, T = {results['time_steps']}.", ""]
+    cases, wrong = len(results["neurons"]), [row for row in results["neurons"] if row["different"]]
+    lines += [f"Neurons alone: {cases - len(wrong)} of {cases} cases equal the CPU's, number for number."]
+    lines += [f"- differs: {row}" for row in wrong]
+    for name, found in results["networks"].items():
+        counts = found["counts"]
+        lines += ["", f"## {name}", ""]
+        lines.append(
+            f"Spike counts on a 2^-6 grid: {counts['different']} of {counts['neurons']:,} neurons in {counts['layers']} layers "
+            f"differ from the CPU's ({counts['images']} images, T = {counts['time_steps']}, {counts['spikes']:,} spikes)."
+        )
+        if "different_without_cudnn" in counts:
+            lines.append(f"Without cuDNN: {counts['different_without_cudnn']}.")
+        lines += ["", f"{found['images']} images:", ""]
+        columns = ("images_per_second", "lowest", "highest", "share_of_floor", "peak_mb", "same_predictions")
+        lines += ["| way | " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---" * 7 + "|"]
+        for way, row in found["speeds"].items():
+            cells = [row["failed"], *[""] * 5] if "failed" in row else [row.get(column) for column in columns]
+            lines.append(f"| {way} | " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
+    lines += ["", "## Training", "", "| run | epochs | minutes | validation accuracy | |", "|---|---|---|---|---|"]
+    for name, run in results["training"].items():
+        accuracy = f"{100 * run['validation_accuracy']:.2f} %" if "validation_accuracy" in run else "-"
+        note = run.get("failed", "stopped by the time limit" if run["stopped"] else "")
+        lines.append(f"| {name} | {run.get('epochs', 0)} | {run['minutes']} | {accuracy} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Results so far as OUT.json and OUT.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(page(results))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="small networks and few images, for a try")
+    parser.add_argument("--time-steps", type=int, default=8)
+    parser.add_argument("--images", type=int, help="images a measurement [10,000; 32 with --small]")
+    parser.add_argument("--rounds", type=int, help="repeats of a measurement [5; 1 with --small]")
+    parser.add_argument("--minutes", type=float, default=15.0, help="time limit of each training; 0 trains nothing")
+    parser.add_argument("--out", type=Path, help="results without their ending [data/results/gpu...]")
+    options = parser.parse_args(arguments)
+    device, small = options.device, options.small
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print("no CUDA device was found (is the driver installed?): DEVICE=cpu SMALL=1 runs the same steps on the CPU")
+        return 2
+    name = "gpu" if device.startswith("cuda") and not small else f"gpu-try-{device.replace(':', '')}"
+    out = options.out or Path("data/results") / name
+    count, rounds = options.images or (32 if small else 10_000), options.rounds or (1 if small else 5)
+    images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
+    results: dict[str, Any] = {"machine": machine(), "command": command, "time_steps": options.time_steps, "small": small}
+    results |= {"neurons": neurons_alike(device, small), "networks": {}, "training": {}}
+    for title, snn in networks(small).items():
+        print(f"{title} ...", flush=True)
+        counts = counts_alike(snn, images[: 4 if small else 16], options.time_steps, device)
+        rows = speeds(snn, images, options.time_steps, device, rounds)
+        results["networks"][title] = {"counts": counts, "images": count, "speeds": rows}
+        write(out, results)
+    for recipe, words in (SMALL_RECIPES if small else RECIPES).items() if options.minutes > 0 else ():
+        print(f"training {recipe}, at most {options.minutes:g} minutes ...", flush=True)
+        folder = Path("data/runs") / f"{out.name}-{recipe}-{int(time.time())}"
+        results["training"][recipe] = trained(words, folder, options.minutes)
+        write(out, results)
+    print(f"{page(results)}\nwritten to {out}.json and {out}.md")
+    return int(any(row["different"] for row in results["neurons"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

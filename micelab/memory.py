@@ -1,0 +1,81 @@
+"""How much goes through at a time: the memory that a chunk of images may take, and what happens where it is not there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from micelab.exceptions import InputError
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+SHARE = 8
+"""The largest layer of a chunk gets this part of the free memory: its input, output and workspace live at once, and records."""
+
+
+def device_budget(device: torch.device, most: int) -> int:
+    """Bytes that a chunk's largest layer may take on an accelerator: `most`, or an eighth of what is free where that is less.
+
+    Free is what the driver has and what torch's allocator holds without using it. Asking takes one call to the driver and
+    does not wait for the device.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return most
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(most, max(0, free + held) // SHARE)
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether the error says that the device's memory was not enough, whichever library says it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    )
+
+
+def in_chunks(
+    images: Tensor, size: int, work: Callable[[Tensor], Result], halved: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Tensor, Result]]:
+    """(start, images[start : start + n], work of them) for all images [N, ...], n = `size` at a time.
+
+    Where the memory does not suffice, n is halved for the rest, `halved` is called, and the first time the log says so.
+    Raises InputError where it does not suffice for one image.
+
+    >>> [(start, done) for start, _, done in in_chunks(torch.ones(5, 2), 2, lambda part: int(part.sum()))]
+    [(0, 4), (2, 4), (4, 2)]
+    """
+    start, told = 0, False
+    while start < len(images):
+        part = images[start : start + size]
+        result = _try(work, part)
+        if result is not None:
+            yield start, part, result[0]
+            start += len(part)
+            continue
+        if images.is_cuda and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(part) == 1:
+            raise InputError(
+                f"the memory of {images.device} does not suffice for one image: use fewer time-steps, or a smaller network, free "
+                "what else lies there, or simulate on the cpu"
+            )
+        size = len(part) // 2
+        halved()
+        if not told:
+            told = True
+            log.warning("%s is out of memory with %d images at a time: going on with %d", images.device, len(part), size)
+
+
+def _try(work: Callable[[Tensor], Result], part: Tensor) -> tuple[Result] | None:
+    """(result,), or None where memory ran out: the error is gone by then, and with it the tensors that its frames held."""
+    try:
+        return (work(part),)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None

@@ -1,0 +1,181 @@
+"""Conversion, simulation, errors, accuracy and training on a CUDA device that computes nothing (fake_cuda.py): every tensor
+is on the right device, and inside a simulation the host never waits for the device."""
+
+from collections import Counter
+
+import pytest
+import torch
+from fake_cuda import backward, fake_cuda
+
+import micelab
+from micelab import neuron, triton_neuron
+from micelab.data import ImageData, Split
+from micelab.machine import full_precision
+from micelab.train import TrainConfig, _Run
+
+CASES = {
+    "qcfs": (micelab.resnet20, {}),
+    "percentile": (micelab.small_cnn, {"per_channel": True}),
+    "max": (micelab.small_cnn, {"signed": True}),
+    "tcl": (micelab.small_cnn, {"fold": False}),
+}
+
+
+def network(make=micelab.resnet20):
+    torch.manual_seed(0)
+    return make(width=4, activation="quant_clip", in_channels=3)
+
+
+def tensors_of(run):
+    return [run.logits, *(tensor for layer in run.layers.values() for tensor, _ in layer.tensors().values())]
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
+def test_the_fake_device_notices_what_it_is_here_for(inference):
+    with fake_cuda() as waits, torch.inference_mode(inference):
+        x = torch.rand(3, device="cuda")
+        for wait, why in (
+            (lambda: bool((x > 0).all()), "read"),
+            (lambda: float(x.sum()), "read"),
+            (lambda: x.tolist(), "read"),
+            (lambda: torch.allclose(x, x), "read"),
+            (lambda: x.cpu(), "copy to the CPU"),
+            (lambda: torch.empty(3).copy_(x), "copy to the CPU"),
+            (lambda: x + torch.ones(3).to("cuda"), "copy to the device"),
+        ):
+            waits.clear()
+            wait()
+            assert waits == [why]
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.rand(3)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_conversion_and_simulation_stay_on_the_device(method):
+    make, options = CASES[method]
+    ann = network(make)
+    with fake_cuda() as waits:
+        images = torch.rand(6, 3, 16, 16, device="cuda")
+        snn = micelab.convert(ann.to("cuda"), method, images, **options)
+        assert {tensor.device.type for tensor in snn.state_dict().values()} == {"cuda"}
+        waits.clear()
+        run = snn.simulate(images, 4, spikes=True, chunk=4)
+        assert {tensor.device.type for tensor in tensors_of(run)} == {"cuda"}
+        assert run.logits.shape == (4, 6, 10)
+        # one check that the images are finite, whatever the number of chunks, layers and steps
+        assert waits == ["read"]
+
+
+def test_nothing_is_read_or_copied_between_the_images_and_the_logits():
+    ann = network()
+    with fake_cuda() as waits:
+        snn = micelab.convert(ann.to("cuda"), "qcfs")
+        images = torch.rand(4, 3, 16, 16, device="cuda")
+        for record in (False, True):
+            waits.clear()
+            snn._simulate(images, 8, record, spikes=record)
+            assert waits == []
+
+
+def test_neurons_on_cuda_go_through_the_fused_operator_in_the_memory_order_of_their_currents(monkeypatch):
+    ann, seen = network(), []
+    fused = triton_neuron._fire_op
+    monkeypatch.setattr(triton_neuron, "_fire_op", lambda *given: seen.append(given) or fused(*given))
+    monkeypatch.setattr(triton_neuron, "triton", object())  # also where triton is absent: nothing is launched here
+    with fake_cuda():
+        snn = micelab.convert(ann.to("cuda"), "qcfs")
+        snn.simulate(torch.rand(4, 3, 16, 16, device="cuda"), 8)
+        assert len(seen) == len(snn.neurons) == 19
+        for current, plus, _, _, out, *_ in seen:
+            assert plus is None
+            assert current.shape == out.shape
+            assert current.stride()[2:] == out.stride()[2:]
+            assert out.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert sum(current.stride(0) == 0 for current, *_ in seen) == 1  # the first layer's, kept once
+
+
+def test_error_table_accuracy_and_energy_are_right_about_devices():
+    ann = network(micelab.small_cnn)
+    with fake_cuda() as waits:
+        images = torch.rand(6, 3, 16, 16, device="cuda")
+        snn = micelab.convert(ann.to("cuda"), "qcfs")
+        table = micelab.error_breakdown(ann, snn, images, 4)
+        assert list(table.layers) == list(snn.neurons)
+        on_card, on_cpu = torch.zeros(6, dtype=torch.long, device="cuda"), torch.zeros(6, dtype=torch.long)
+        assert micelab.accuracy_curve(snn, [(images, on_card), (images, on_cpu)], (1, 2, 4)).images == 12
+        micelab.lost_points(ann, snn, [(images, on_card)], 4)
+        micelab.energy(snn, images, 4)
+        print("reads and copies of the tables:", Counter(waits))
+
+
+class OneDevice:
+    """What micelab.train asks of an accelerator, for one CUDA device."""
+
+    device = torch.device("cuda")
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def prepare_model(self, model):
+        return model
+
+    def backward(self, loss):
+        backward(loss)
+
+    def reduce(self, tensor, reduction):
+        return tensor
+
+
+def small_data():
+    images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 2
+    split = Split(images, labels)
+    return ImageData("small", split, split, split, ("a", "b"), (0.5,) * 3, (0.25,) * 3)
+
+
+def test_gradients_node_by_node_are_those_of_torchs_engine():
+    """That `backward` of fake_cuda.py, which the next test goes by, computes what it stands for."""
+    grads = []
+    for run in (torch.Tensor.backward, backward):
+        model = network()
+        run(model(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).square().mean())
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for theirs, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("augment", ["none", "cutout", "auto"])
+def test_a_training_step_makes_its_batch_and_its_update_on_the_device(augment, tmp_path):
+    config = TrainConfig(epochs=1, batch_size=4, augment=augment)
+    data, model = small_data(), network(micelab.resnet20 if augment == "none" else micelab.small_cnn)
+    with fake_cuda() as waits, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainConfig, "build", lambda *_: model)
+        run = _Run(config, tmp_path, data, OneDevice())
+        (images, labels), *_ = run.batches.epoch(0)
+        made = "cpu" if augment == "auto" else "cuda"
+        assert images.device.type == labels.device.type == made
+        waits.clear()
+        run._one_step(images.to("cuda"), labels.to("cuda"))
+        assert run.step == 1
+        assert {parameter.grad.device.type for parameter in run.model.parameters()} == {"cuda"}
+        assert [wait for wait in waits if wait != "copy to the device"] == ["read"]  # the loss, once a step: is it finite?
+
+
+# A joint training step belongs here, like the stage-1 step above: no device mismatch, one read a step.
+
+
+def test_convolutions_on_cuda_are_set_to_full_fp32_and_set_back():
+    conv = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    name = "fp32_precision" if conv is not torch.backends.cudnn else "allow_tf32"
+    before = getattr(conv, name)
+    with full_precision(torch.device("cuda")):
+        assert getattr(conv, name) in ("ieee", False)
+    assert getattr(conv, name) == before
+    with full_precision(torch.device("cpu")):
+        assert getattr(conv, name) == before
+
+
+def test_the_loop_takes_over_on_the_device_where_the_kernel_cannot_run(monkeypatch):
+    monkeypatch.setattr(triton_neuron, "triton", None)
+    monkeypatch.setattr(triton_neuron, "_fire_op", None)
+    with fake_cuda():
+        current = torch.rand(4, 2, 3, device="cuda")
+        _, residual = neuron.fire(current, torch.tensor(1.0, device="cuda"), 0.5, True, torch.empty_like(current))
+        assert residual.device.type == "cuda"

@@ -1,0 +1,92 @@
+"""Chunks that fit the memory: the budget asked of the driver, and a chunk halved where the memory runs out."""
+
+import pytest
+import torch
+
+import micelab
+from micelab import memory
+from micelab.exceptions import InputError
+from micelab.network import DEVICE_BUDGET
+
+
+@pytest.fixture
+def snn():
+    torch.manual_seed(0)
+    return micelab.convert(micelab.small_cnn(activation="quant_clip", theta=0.5), "qcfs")
+
+
+class Card:
+    """A device whose memory takes so many images at a time and no more; remembers what it was asked for."""
+
+    def __init__(self, snn, monkeypatch, images):
+        self.asked, simulate = [], snn._simulate
+
+        def on_card(part, *options):
+            self.asked.append(len(part))
+            if len(part) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return simulate(part, *options)
+
+        monkeypatch.setattr(snn, "_simulate", on_card)
+
+
+def test_out_of_memory_halves_the_chunk_says_so_once_and_goes_on(snn, monkeypatch, caplog):
+    images = torch.rand(13, 1, 8, 8)
+    expected = snn.simulate(images, 3)
+    card = Card(snn, monkeypatch, images=3)
+    run = snn.simulate(images, 3, chunk=12)
+    assert card.asked == [12, 6, 3, 3, 3, 3, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu is out of memory with 12 images at a time: going on with 6"
+    ]
+    assert torch.equal(expected.logits, run.logits)
+    for name, layer in run.layers.items():
+        assert torch.equal(expected.layers[name].count, layer.count)
+
+
+def test_a_chunk_that_did_not_fit_is_not_tried_again(snn, monkeypatch):
+    images = torch.rand(8, 1, 8, 8)
+    card = Card(snn, monkeypatch, images=4)
+    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 8 * 16 * 64 * 4 * 3)
+    assert snn.chunk(images, 3) == 8
+    assert [len(part) for part, _ in snn.stream(images, 3)] == [4, 4]
+    snn.simulate(images, 3, record=False)
+    assert card.asked == [8, 4, 4, 4, 4]
+
+
+def test_memory_too_small_for_one_image_is_said_in_one_sentence(snn, monkeypatch):
+    Card(snn, monkeypatch, images=0)
+    with pytest.raises(InputError, match="the memory of cpu does not suffice for one image: use fewer"):
+        snn.simulate(torch.rand(4, 1, 8, 8), 3)
+
+
+def test_memory_too_small_for_what_every_layer_did_names_the_remedy(snn, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("micelab.network.SimulationRun.room_for", full)
+    with pytest.raises(InputError, match="does not suffice to keep what every layer did for 4 images: use record=False"):
+        snn.simulate(torch.rand(4, 1, 8, 8), 3, chunk=2)
+
+
+def test_other_errors_are_no_shortage_of_memory(snn, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(snn, "_simulate", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        snn.simulate(torch.rand(4, 1, 8, 8), 3)
+    assert memory.ran_out(RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "used", "budget"),
+    [(80 * 2**30, 0, 0, DEVICE_BUDGET), (800, 0, 0, 100), (800, 1600, 800, 200), (0, 0, 0, 0)],
+)
+def test_budget_is_an_eighth_of_what_the_driver_and_the_allocator_have_free(free, held, used, budget, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 80 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: held)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: used)
+    assert memory.device_budget(torch.device("cuda"), DEVICE_BUDGET) == budget
+    assert memory.device_budget(torch.device("mps"), DEVICE_BUDGET) == DEVICE_BUDGET
