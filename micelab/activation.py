@@ -28,7 +28,9 @@ def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> 
 
     Raises InputError where a vector's length is not the number of channels.
     """
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)  # made where it is needed, not copied there
+    value = value.to(like)
     if value.dim() == 0 or (value.dim() > 1 and value.shape == like.shape[channel_dim - 1 :]):
         return value
     if value.dim() != 1 or like.dim() <= channel_dim or value.shape[0] != like.shape[channel_dim]:
@@ -148,9 +150,9 @@ class QuantClip(TrainableClip):
         self.levels: int = levels
 
     @property
-    def v0(self) -> Tensor:
+    def v0(self) -> Tensor | float:
         """The start of the staircase in units of theta: 1/2, so that it rounds."""
-        return self.log_theta.new_tensor(0.5)
+        return 0.5
 
     def forward(self, z: Tensor) -> Tensor:
         return straight_through(z, self.staircase(z), self.log_theta, None, self.levels)

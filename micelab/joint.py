@@ -28,7 +28,7 @@ from micelab.activation import SpikeClip, TrainableClip, over_channels, straight
 from micelab.convert import convert
 from micelab.data import ImageData, mix
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph import BATCH_NORMS, CONVOLUTIONS, LayerRunner, activations, check_images, is_activation, read, trace
+from micelab.graph import BATCH_NORMS, CONVOLUTIONS, LayerRunner, activations, is_activation, read, trace
 from micelab.metrics import accuracy_curve
 from micelab.network import TimeFolded
 from micelab.neuron import fire
@@ -91,7 +91,6 @@ class SpikesInTheLoop(nn.Module):
 
     def forward(self, images: Tensor, time_steps: int, penalize: bool = False) -> JointPass:
         """Images [N, C, H, W] in [0, 1] through T = `time_steps` steps; the penalty is 0 unless asked for."""
-        check_images(images)
         steps = _Steps(self._graph, time_steps, len(images))
         mean = _Mean(self._graph, steps, penalize)
         logits = mean.walk(images)
