@@ -67,7 +67,7 @@ def demo(
 ) -> None:
     """Train (digits) or load (CIFAR) networks, convert them by every method, and explain every lost point."""
     from micelab import tables
-    from micelab.compare import compare, fitting
+    from micelab.compare import compare, rows
     from micelab.data import load_data
 
     steps = _steps(time_steps)
@@ -76,7 +76,7 @@ def demo(
     if dataset != "digits" and limit is None:
         limit = 1000
         tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
-    result = compare(fitting(networks), found, time_steps=steps, limit=limit, progress=True)
+    result = compare(rows(networks), found, time_steps=steps, limit=limit, progress=True, command=_command())
     _show(result, report, as_json)
 
 
@@ -328,7 +328,7 @@ def _show(result: Any, report: Path | None, as_json: bool) -> None:
             tables.say(f"The whole story, with interactive figures: {page}")
 
 
-def _train_digits(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
+def _train_digits(data: Any, seed: int, quiet: bool) -> list[Any]:
     """One small network for each activation, trained on the digits in seconds, and the last of them jointly too."""
     import tempfile
 
@@ -348,15 +348,18 @@ def _train_digits(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
         second = JointConfig(time_steps=(1, 2, 4, 8), batch_size=64, seed=seed)
         start = networks["quant_clip"]
         networks["spike_clip"] = joint.train(second, Path(folder) / "joint", data, model=start, progress=not quiet)
-    return networks
+    return list(networks.values())
 
 
-def _shipped(dataset: str) -> dict[str, Any]:
+def _shipped(dataset: str) -> list[Any]:
+    """The small ResNet-20 that the repository ships for a data set."""
     import micelab
+    from micelab.checkpoint import shipped
 
-    if dataset != "cifar10":
+    names = [name for name in shipped() if name.startswith(f"resnet20a-{dataset}-")]
+    if not names:
         raise InputError(f"no trained network is shipped for {dataset!r}: train one with `micelab train --dataset {dataset}`")
-    return {"relu": micelab.load("resnet20a-cifar10-relu"), "quant_clip": micelab.load("resnet20a-cifar10-qcfs")}
+    return [micelab.load(name) for name in names]
 
 
 def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
