@@ -21,7 +21,8 @@ import torch
 
 import micelab
 from micelab.checkpoint import write_whole
-from micelab.joint import SpikesInTheLoop, prepare
+from micelab.joint import prepare
+from micelab.loop import SpikesInTheLoop
 from micelab.machine import machine
 
 
