@@ -308,6 +308,16 @@ def test_training_goes_on_from_a_checkpoint_whose_activation_may_be_another(tmp_
     assert torch.equal(TrainConfig(activation="relu", start=str(back)).build(data).head.weight, first.head.weight)
 
 
+def test_a_card_remembers_the_runs_before_it(tmp_path, digits):
+    start, steps = None, []
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        train.train(TrainConfig(**SMALL | {"epochs": 1}, seed=seed, start=start), out, digits, command=f"run {seed}")
+        start = str(out / "model.safetensors")
+        steps.append([stage["command"] for stage in checkpoint.load(start).card["stages_before"]])
+    assert steps == [[], ["run 0"], ["run 0", "run 1"]]
+
+
 def test_starting_from_another_network_names_what_does_not_fit(tmp_path):
     data = load_data("digits")
     checkpoint.save(small_cnn(width=4), tmp_path / "narrow")
