@@ -303,6 +303,8 @@ def test_training_goes_on_from_a_checkpoint_whose_activation_may_be_another(tmp_
     for name, tensor in first.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert all(torch.isclose(m.theta, torch.tensor(3.0)) for m in model.modules() if hasattr(m, "log_theta"))
+    staircase = TrainConfig(activation="spike_clip", theta=3.0, start=start).build(data)
+    assert all(m.v0.item() == 0.5 for m in staircase.modules() if hasattr(m, "v0_start"))
     back = tmp_path / "quantized"
     checkpoint.save(model, back)
     assert torch.equal(TrainConfig(activation="relu", start=str(back)).build(data).head.weight, first.head.weight)
