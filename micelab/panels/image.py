@@ -44,7 +44,9 @@ class ImagePanel(Panel):
         self.state = Look(0, time_steps, names[0])
         last = len(images) - 1
         self.image = slider("image", 0, 0, last, 1, lambda value: self.choose(replace(self.state, image=int(value))))
-        self.step = slider("step t", time_steps, 1, time_steps, 1, lambda value: self.choose(replace(self.state, step=int(value))))
+        self.step = slider(
+            "step t", time_steps, 1, time_steps, 1, lambda value: self.choose(replace(self.state, step=int(value)))
+        )
         self.layer = choice("layer", names, names[0], lambda name: self.choose(replace(self.state, layer=name)))
         self.build([self.image, self.step, self.layer])
 
