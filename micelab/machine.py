@@ -27,19 +27,37 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    name: str = "allow_tf32"
-    value: Any = False
-    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9 and later; the older name may not be mixed with it
-        backends[0], name, value = torch.backends.cudnn.conv, "fp32_precision", "ieee"
-    before = [getattr(backend, name) for backend in backends]
+    try:
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller uses the settings of torch 2.9 and later, which may not be mixed with the older ones
+        with _ieee():
+            yield
+        return
+    try:
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = False
+        if products != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = True
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            setattr(backend, name, value)
+            backend.fp32_precision = "ieee"
         yield
     finally:
         for backend, was in zip(backends, before, strict=True):
-            setattr(backend, name, was)
+            backend.fp32_precision = was
 
 
 def machine() -> str:

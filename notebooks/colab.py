@@ -13,7 +13,7 @@ import nbformat
 HERE = Path(__file__).parent
 TAG = "colab"
 HEAD = """\
-# Google Colab only: installs micelab there and lets its panels draw. Everywhere else this cell does nothing.
+# For Google Colab: installs micelab there and lets panels draw. Elsewhere it does nothing.
 import sys
 
 if "google.colab" in sys.modules:

@@ -121,6 +121,7 @@ def plain_python(cell):
 def test_the_colab_cell_does_nothing_elsewhere(address):
     cell = colab.colab_cell(address)
     assert len(cell.splitlines()) <= 20
+    assert max(len(line) for line in cell.splitlines()) <= 96
     code = plain_python(cell)
     assert len(ast.parse(code).body) == 2  # the import and the `if`: nothing stands outside
     exec(code, {})  # get_ipython() is unknown here: any command would raise
