@@ -43,6 +43,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # torch.nn.Module.forward has words of its own, in reStructuredText
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 viewcode_line_numbers = True
