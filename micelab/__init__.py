@@ -7,8 +7,8 @@ table = micelab.error_breakdown(ann, snn, images, time_steps=8)
 curve = micelab.accuracy_curve(snn, loader)
 """
 
-from micelab import methods, neuron, train
-from micelab.activation import QuantClip, TrainableClip
+from micelab import joint, methods, neuron, train
+from micelab.activation import NoisyQuantClip, QuantClip, SpikeClip, TrainableClip
 from micelab.checkpoint import load, save
 from micelab.convert import convert
 from micelab.data import load_data
@@ -17,21 +17,26 @@ from micelab.exceptions import MicelabError
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.models import resnet20, small_cnn
 from micelab.network import SpikingNetwork
+from micelab.noise import measure_noise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MicelabError",
+    "NoisyQuantClip",
     "QuantClip",
+    "SpikeClip",
     "SpikingNetwork",
     "TrainableClip",
     "accuracy_curve",
     "convert",
     "energy",
     "error_breakdown",
+    "joint",
     "load",
     "load_data",
     "lost_points",
+    "measure_noise",
     "methods",
     "neuron",
     "resnet20",

@@ -1,6 +1,7 @@
-"""Activations of the network to be converted: ReLU, trainable clip (TCL) and quantized clip (QCFS).
+"""Activations of the network to be converted: ReLU, trainable clip (TCL), quantized clip (QCFS) and its kin: with noise
+(NQ), and jointly trained.
 
-Pure functions hold the mathematics; the two modules store `theta` and call one. `theta` is kept positive by storing its
+Pure functions hold the mathematics; the modules store `theta` and call one. `theta` is kept positive by storing its
 logarithm, and its gradient comes free: the activation is homogeneous of degree one in (z, theta).
 """
 
@@ -14,19 +15,23 @@ from torch import Tensor, nn
 
 from micelab.exceptions import InputError
 
-ActivationName = Literal["relu", "clip", "quant_clip"]
+ActivationName = Literal["relu", "clip", "quant_clip", "noisy_quant_clip", "spike_clip"]
 
 
 def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> Tensor:
     """`value` shaped to broadcast over `like`: a scalar stays a scalar, [C] lies along `channel_dim`.
+
+    A value for each neuron of each image, [N, C, ...] as in `like`, stays as it is.
 
     >>> over_channels(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
     torch.Size([2, 1, 1])
 
     Raises InputError where a vector's length is not the number of channels.
     """
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.dim() == 0:
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)  # made where it is needed, not copied there
+    value = value.to(like)
+    if value.dim() == 0 or (value.dim() > 1 and value.shape == like.shape[channel_dim - 1 :]):
         return value
     if value.dim() != 1 or like.dim() <= channel_dim or value.shape[0] != like.shape[channel_dim]:
         raise InputError(
@@ -59,25 +64,47 @@ def quantize(z: Tensor, theta: Tensor | float, levels: int, v0: Tensor | float =
     return theta * torch.floor(levels * z / theta + v0).clamp(0, levels) / levels
 
 
-class _QuantizeStraightThrough(torch.autograd.Function):
-    """Forward: quantize. Backward: floor passes its gradient; theta's follows from homogeneity (Euler)."""
+class _StraightThrough(torch.autograd.Function):
+    """Forward: `rate` as it is given. Backward: that of Q at z, with floor passing its gradient.
+
+    The rate is homogeneous of degree one in (z, theta), so theta's gradient is (rate - gate*z)/theta (Euler); one unit of
+    v0 is one spike more, theta/levels. Both hold for the staircase and for a true spike count alike.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, log_theta: Tensor, levels: int) -> Tensor:
+    def forward(ctx: Any, z: Tensor, log_theta: Tensor, v0: Tensor | None, rate: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(z, rate, log_theta)
+        ctx.levels = levels
+        return rate.view_as(rate)  # an input given back as it is would be taken for a view
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, rate, log_theta = ctx.saved_tensors
         theta = over_channels(log_theta.exp(), z)
-        y = torch.floor((z * (levels / theta)).add_(0.5)).clamp_(0, levels).mul_(theta / levels)
-        ctx.save_for_backward(z, y, theta)
-        ctx.per_channel, ctx.dtype = log_theta.dim() == 1, log_theta.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        z, y, theta = ctx.saved_tensors
         grad_z = grad * ((z > 0) & (z < theta))
-        # d y/d theta = (y - gate*z)/theta, and d theta/d log_theta = theta
-        dims = [d for d in range(z.dim()) if d != 1] if ctx.per_channel else list(range(z.dim()))
-        grad_log_theta = ((grad * y) - (grad_z * z)).sum(dims, dtype=ctx.dtype)
-        return grad_z, grad_log_theta, None
+        dims = [d for d in range(z.dim()) if log_theta.dim() == 0 or d != 1]
+        # d rate/d theta = (rate - gate*z)/theta, and d theta/d log_theta = theta
+        grad_log_theta = ((grad * rate) - (grad_z * z)).sum(dims, dtype=log_theta.dtype)
+        grad_v0 = None
+        if ctx.needs_input_grad[2]:
+            gated = grad * ((z > -theta / ctx.levels) & (z < theta))  # from where v0 <= 1 can make a spike
+            grad_v0 = gated.sum(dims, dtype=log_theta.dtype) * log_theta.exp() / ctx.levels
+        return grad_z, grad_log_theta, grad_v0, None, None
+
+
+def straight_through(z: Tensor, rate: Tensor, log_theta: Tensor, v0: Tensor | None, levels: int) -> Tensor:
+    """`rate` with the gradient of Q at z: [N, C, ...] in activation units, same shape out.
+
+    rate: what the neurons said, the staircase Q(z) or theta*n/T of true spikes (it carries no gradient itself);
+    log_theta, v0: scalar or [C], v0 None where it is fixed; levels: T. Source: QCFS (Bu et al., ICLR 2022) for the gate
+    0 < z < theta; the rest follows from charge balance.
+
+    >>> z = torch.tensor([0.3, 0.9, 5.0], requires_grad=True)
+    >>> straight_through(z, torch.tensor([0.5, 1.0, 2.0]), torch.tensor(2.0).log(), None, levels=4).sum().backward()
+    >>> z.grad.tolist()
+    [1.0, 1.0, 0.0]
+    """
+    return _StraightThrough.apply(z, log_theta, v0, rate, levels)
 
 
 class TrainableClip(nn.Module):
@@ -86,7 +113,7 @@ class TrainableClip(nn.Module):
     theta: start of the bound, > 0; channels: one theta for each of so many channels, None for one per layer.
     """
 
-    levels: int | None = None
+    levels: Any = None
 
     def __init__(self, theta: float = 4.0, channels: int | None = None):
         super().__init__()
@@ -120,10 +147,82 @@ class QuantClip(TrainableClip):
         super().__init__(theta, channels)
         if not isinstance(levels, int) or levels < 1:
             raise InputError(f"levels is {levels!r}: the quantized clip needs an integer of at least 1")
-        self.levels = levels
+        self.levels: int = levels
+
+    @property
+    def v0(self) -> Tensor | float:
+        """The start of the staircase in units of theta: 1/2, so that it rounds."""
+        return 0.5
 
     def forward(self, z: Tensor) -> Tensor:
-        return _QuantizeStraightThrough.apply(z, self.log_theta, self.levels)
+        return straight_through(z, self.staircase(z), self.log_theta, None, self.levels)
+
+    @torch.no_grad()
+    def staircase(self, z: Tensor) -> Tensor:
+        """Q(z), without gradient."""
+        theta = over_channels(self.theta, z)
+        return (
+            torch.floor((z * (self.levels / theta)).add_(over_channels(self.v0, z)))
+            .clamp_(0, self.levels)
+            .mul_(theta / self.levels)
+        )
+
+
+class SpikeClip(QuantClip):
+    """The staircase of `levels` = T steps with a trained start v0: what a spiking neuron says to a constant current.
+
+    Joint training (micelab.joint) replaces its value by that of true spikes; on its own it is the quantized clip.
+
+    >>> SpikeClip(levels=4, theta=2.0)(torch.tensor([0.3, 0.9, 5.0])).tolist()
+    [0.5, 1.0, 2.0]
+    """
+
+    def __init__(self, levels: int = 8, theta: float = 4.0, channels: int | None = None):
+        super().__init__(levels, theta, channels)
+        self.v0_start = nn.Parameter(torch.full_like(self.log_theta, 0.5))
+
+    @classmethod
+    def like(cls, activation: TrainableClip, levels: int) -> SpikeClip:
+        """One with the bound (and start) of another activation."""
+        own = cls(levels)
+        own.log_theta = nn.Parameter(activation.log_theta.detach().clone())
+        start = activation.v0_start.detach() if isinstance(activation, SpikeClip) else torch.full_like(own.log_theta, 0.5)
+        own.v0_start = nn.Parameter(start.clone())
+        return own
+
+    @property
+    def v0(self) -> Tensor:
+        """The initial potential in units of theta, in [0, 1], scalar or [C]."""
+        return self.v0_start.clamp(0, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return straight_through(z, self.staircase(z), self.log_theta, self.v0, self.levels)
+
+
+class NoisyQuantClip(QuantClip):
+    """The quantized clip; in training mode a normal noise of spread `sigma` (activation units) is added to its output.
+
+    `sigma` >= 0 is not trained but measured: the spread of the error that conversion makes at this layer, which
+    `micelab.measure_noise` takes on validation images after every epoch. It starts at 0 and is part of `state_dict`. Source:
+    NQ, Huang et al., IEEE TNNLS 2025.
+
+    >>> act = NoisyQuantClip(levels=4, theta=2.0)
+    >>> act.sigma.fill_(0.1).item() > 0, act.eval()(torch.tensor([0.3, 0.9, 5.0])).tolist()
+    (True, [0.5, 1.0, 2.0])
+    """
+
+    sigma: Tensor
+
+    def __init__(self, levels: int = 8, theta: float = 4.0, channels: int | None = None):
+        super().__init__(levels, theta, channels)
+        self.register_buffer("sigma", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        y = super().forward(z)
+        return y + self.sigma.to(y.dtype) * torch.randn_like(y) if self.training else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sigma={self.sigma.item():.3g}"
 
 
 def make_activation(name: ActivationName, levels: int | None = 8, theta: float = 4.0) -> nn.Module:
@@ -132,6 +231,9 @@ def make_activation(name: ActivationName, levels: int | None = 8, theta: float =
         return nn.ReLU()
     if name == "clip" or (name == "quant_clip" and levels is None):
         return TrainableClip(theta)
-    if name == "quant_clip":
-        return QuantClip(levels, theta)
-    raise InputError(f"activation {name!r} is unknown: choose 'relu', 'clip' or 'quant_clip'")
+    kinds = {"quant_clip": QuantClip, "noisy_quant_clip": NoisyQuantClip, "spike_clip": SpikeClip}
+    if name not in kinds:
+        raise InputError(f"activation {name!r} is unknown: choose 'relu', 'clip', {', '.join(map(repr, kinds))}")
+    if levels is None:
+        raise InputError(f"activation {name!r} quantizes: give it levels of at least 1")
+    return kinds[name](levels, theta)

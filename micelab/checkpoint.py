@@ -89,12 +89,13 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
 
 
 def start_from(model: nn.Module, name: str | Path) -> None:
-    """Copies the weights of a checkpoint into `model`, whose activations may be others: bounds only one of them has stay."""
+    """Copies the weights of a checkpoint into `model`, whose activations may be others: what only one of them has stays."""
     path = find(name)
     tensors, _ = read_tensors(path)
     own = model.state_dict()
-    bounds = {key: value for key, value in own.items() if key.endswith("log_theta") and key not in tensors}
-    weights = {key: value for key, value in tensors.items() if key in own or not key.endswith("log_theta")}
+    of_activations = ("log_theta", ".sigma")
+    bounds = {key: value for key, value in own.items() if key.endswith(of_activations) and key not in tensors}
+    weights = {key: value for key, value in tensors.items() if key in own or not key.endswith(of_activations)}
     load_weights(model, weights | bounds, path)
 
 
@@ -127,16 +128,22 @@ def find(name: str | Path, folder: str | Path | None = None) -> Path:
         if not direct.is_file():
             raise CheckpointError(f"checkpoint {direct} does not exist")
         return direct
-    places = [Path(folder)] if folder else []
-    places += [Path()]  # a path without its ending
-    if os.environ.get("MICELAB_DATA"):
-        places.append(Path(os.environ["MICELAB_DATA"]) / "checkpoints")
-    places += [Path("data/checkpoints"), Path(__file__).parent.parent / "data" / "checkpoints"]
+    places = [*([Path(folder)] if folder else []), Path(), *_places()]  # the second: a path without its ending
     for place in places:
         if (place / f"{name}.safetensors").is_file():
             return place / f"{name}.safetensors"
-    there = sorted({file.stem for place in places if place != Path() for file in place.glob("*.safetensors")})
     raise CheckpointError(
-        f"no checkpoint is named {str(name)!r}; here are: {', '.join(there) or 'none'}. "
+        f"no checkpoint is named {str(name)!r}; here are: {', '.join(shipped(folder)) or 'none'}. "
         "The shipped ones come with the repository (data/checkpoints)"
     )
+
+
+def shipped(folder: str | Path | None = None) -> list[str]:
+    """The names that `load` knows, in alphabetical order."""
+    places = [*([Path(folder)] if folder else []), *_places()]
+    return sorted({file.stem for place in places for file in place.glob("*.safetensors")})
+
+
+def _places() -> list[Path]:
+    own = [Path(os.environ["MICELAB_DATA"]) / "checkpoints"] if os.environ.get("MICELAB_DATA") else []
+    return [*own, Path("data/checkpoints"), Path(__file__).parent.parent / "data" / "checkpoints"]

@@ -67,21 +67,22 @@ def demo(
 ) -> None:
     """Train (digits) or load (CIFAR) networks, convert them by every method, and explain every lost point."""
     from micelab import tables
-    from micelab.compare import compare, fitting
+    from micelab.compare import compare, rows
     from micelab.data import load_data
 
     steps = _steps(time_steps)
     found = load_data(dataset, data)
-    networks = _train_trio(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
+    networks = _train_digits(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
     if dataset != "digits" and limit is None:
         limit = 1000
         tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
-    result = compare(fitting(networks), found, time_steps=steps, limit=limit, progress=True)
+    result = compare(rows(networks), found, time_steps=steps, limit=limit, progress=True, command=_command())
     _show(result, report, as_json)
 
 
 @command(
-    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu`"
+    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu` · "
+    "`micelab train --joint --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
 )
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run: state, metrics, final network.")] = Path("data/runs/latest"),
@@ -89,18 +90,27 @@ def train(
     network: Annotated[str | None, typer.Option(help="small_cnn or resnet20 [by the data set].")] = None,
     kind: Annotated[str | None, typer.Option(help="ResNet-20 of kind A, B or C.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
-    activation: Annotated[str, typer.Option(help="relu, clip (TCL) or quant_clip (QCFS).")] = "quant_clip",
-    levels: Annotated[int, typer.Option(min=1, help="Levels of quant_clip.")] = 8,
-    theta: Annotated[float, typer.Option(help="Start of the clipping bounds.")] = 4.0,
-    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    activation: Annotated[
+        str | None, typer.Option(help="relu, clip (TCL), quant_clip (QCFS) or noisy_quant_clip (NQ) [quant_clip].")
+    ] = None,
+    levels: Annotated[int | None, typer.Option(min=1, help="Levels of quant_clip [8].")] = None,
+    theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(min=0)] = 5e-4,
-    theta_lr: Annotated[float, typer.Option(min=0, help="Rate of the bounds, as a share of --lr.")] = 0.1,
-    warmup_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1 (SGD); joint: 0.001 (Adam)].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0]")] = None,
+    theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1].")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1]")] = None,
     label_smoothing: Annotated[float, typer.Option(min=0)] = 0.0,
     augment: Annotated[str, typer.Option(help="none, standard (crop, flip), cutout, or auto (AutoAugment too).")] = "standard",
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
+    time_steps: Annotated[
+        str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
+    ] = None,
+    distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
+    penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
     compile: Annotated[
@@ -110,36 +120,39 @@ def train(
     save: Annotated[Path | None, typer.Option(help="Also copy the final network and its card here.")] = None,
     data: FolderOption = None,
 ) -> None:
-    """Train a network to be converted.
+    """Train a network to be converted: stage 1, or with --joint stage 2.
 
     Ctrl-C and SIGTERM save the state. Several GPUs or machines: `accelerate launch --multi_gpu -m micelab train ...`.
     """
     from accelerate import PartialState
 
     from micelab import checkpoint
+    from micelab import joint as stage2
+    from micelab import train as stage1
     from micelab.machine import default_precision
-    from micelab.train import TrainConfig
-    from micelab.train import train as run
+    from micelab.recipe import JointConfig, TrainConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    words: dict[str, Any] = {
-        "dataset": dataset,
-        "network": network or ("small_cnn" if dataset == "digits" else "resnet20"),
-        "levels": levels if activation == "quant_clip" else None,
-        "precision": default_precision() if precision == "auto" else precision,
-    }
-    for name in ("kind", "width", "activation", "theta", "epochs", "batch_size", "lr", "weight_decay", "theta_lr"):
-        words[name] = locals()[name]
-    words |= {
-        "warmup_epochs": warmup_epochs,
-        "label_smoothing": label_smoothing,
-        "augment": augment,
-        "seed": seed,
-        "start": start,
-    }
-    words["compile"] = compile
+    words: dict[str, Any] = {"precision": default_precision() if precision == "auto" else precision}
+    words |= {"dataset": dataset, "batch_size": batch_size, "label_smoothing": label_smoothing}
+    words |= {"augment": augment, "start": start, "seed": seed}
+    words |= _given(epochs=epochs, lr=lr, weight_decay=weight_decay, theta_lr=theta_lr, warmup_epochs=warmup_epochs)
+    first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
+    first |= {"compile": True} if compile else {}
+    second = _given(time_steps=_steps(time_steps) if time_steps else None, distill=distill, teacher=teacher, penalty=penalty)
+    if astray := first if joint else second:
+        name = next(iter(astray)).replace("_", "-")
+        raise InputError(f"--{name} " + ("is for stage 1: leave out --joint" if joint else "is for joint training: add --joint"))
+    carry: Callable[..., Any] = stage2.train if joint else stage1.train
+    if joint:
+        recipe: Any = JointConfig(**words | second)
+    else:
+        first.setdefault("network", "small_cnn" if dataset == "digits" else "resnet20")
+        if first.get("activation") in ("relu", "clip"):
+            first["levels"] = None
+        recipe = TrainConfig(**{"epochs": 60} | words | first)
     try:
-        model = run(TrainConfig(**words), out, resume=resume, folder=data, command=_command())
+        model = carry(recipe, out, resume=resume, folder=data, command=_command())
     except KeyboardInterrupt:
         logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
         raise
@@ -158,7 +171,9 @@ def train(
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
     out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
-    method: Annotated[str, typer.Option(help="max, percentile, mse, tcl or qcfs.")] = "qcfs",
+    method: Annotated[
+        str | None, typer.Option(help="max, qcfs, cos ...: see docs/conversion.md [the one the network was trained for].")
+    ] = None,
     time_steps: Annotated[int, typer.Option(min=1, help="Time-steps it is made for.")] = 8,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="A threshold for each channel.")] = False,
     v0: Annotated[float | None, typer.Option(help="Initial potential in thetas [the method's].")] = None,
@@ -169,11 +184,13 @@ def convert(
 ) -> None:
     """Convert a trained network and save the spiking one (`micelab.load` reads it back)."""
     import micelab
+    from micelab.compare import natural
     from micelab.data import load_data, to_float
 
-    ann = micelab.load(checkpoint)
+    ann = _trained(checkpoint)
+    method = method or natural(ann)
     images = None
-    if micelab.methods.get(method).calibrates:
+    if micelab.methods.get(method).needs_images:
         images = to_float(load_data(_dataset_of(ann, dataset), data).train.images[:calibration_images])
     snn = micelab.convert(ann, method, images, time_steps=time_steps, per_channel=per_channel, v0=v0, signed=signed)
     path = micelab.save(snn, out, {"from": checkpoint, "method": method, "command": _command()})
@@ -192,19 +209,20 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, or validation to make choices on.")] = "test",
     limit: LimitOption = None,
     calibration_images: CalibrationOption = 256,
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
     report: ReportOption = None,
     picture: Annotated[Path | None, typer.Option(help="Also write a PNG: accuracy over time, errors of the best method.")] = None,
     data: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
-    from micelab.compare import compare
+    from micelab.compare import compare, merged
     from micelab.data import load_data
 
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is unknown: choose validation or test")
     networks, first = _loaded(checkpoints, method)
+    earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
     found = load_data(_dataset_of(first, dataset), data)
     result = compare(
         networks,
@@ -215,11 +233,13 @@ def evaluate(
         limit,
         calibration_images=calibration_images,
         progress=True,
+        command=_command(),
     )
     if out is not None:
         from micelab.checkpoint import write_whole
 
-        write_whole(out, (json.dumps({"command": _command()} | result.to_dict(), indent=1) + "\n").encode())
+        whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
+        write_whole(out, (json.dumps(whole, indent=1) + "\n").encode())
     if picture is not None:
         from micelab.checkpoint import write_whole
         from micelab.pictures import curve_and_errors
@@ -229,10 +249,14 @@ def evaluate(
     _show(result, report, as_json)
 
 
-@command(epilog="Example: `micelab explain resnet20a-cifar10-qcfs --method qcfs --time-steps 4 --report why.html`")
+@command(
+    epilog="Examples: `micelab explain resnet20a-cifar10-qcfs --time-steps 4 --report why.html` · "
+    "`micelab explain resnet20a-cifar10-mice-t4 --before resnet20a-cifar10-qcfs --time-steps 4`"
+)
 def explain(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
-    method: Annotated[str, typer.Option(help="Conversion method.")] = "qcfs",
+    method: Annotated[str | None, typer.Option(help="Conversion method [the one that the network was trained for].")] = None,
+    before: Annotated[str | None, typer.Option(help="Another network, such as its stage 1: layers side by side.")] = None,
     time_steps: Annotated[int, typer.Option(min=1)] = 8,
     images: Annotated[int, typer.Option(min=1, help="Validation images that the errors are averaged over.")] = 256,
     dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
@@ -242,13 +266,32 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Which layer loses accuracy, to which of the errors, and what helps (on validation images)."""
-    from micelab.compare import compare
+    from micelab.compare import compare, natural
     from micelab.data import load_data
 
-    networks, ann = _loaded([checkpoint], [method])
+    networks, ann = _loaded([checkpoint], [method or natural(_trained(checkpoint))])
+    first = None
+    if before is not None:
+        earlier, _ = _loaded([before], [natural(_trained(before))])
+        (first, old), (name, new) = *earlier.items(), *networks.items()
+        if first == name:
+            first, name = f"{first} before", f"{name} after"
+        networks = {first: old, name: new}
     found = load_data(_dataset_of(ann, dataset), data)
     steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
-    result = compare(networks, found, "validation", steps, time_steps, images, images, calibration_images, progress=True)
+    result = compare(
+        networks,
+        found,
+        "validation",
+        steps,
+        time_steps,
+        images,
+        images,
+        calibration_images,
+        progress=True,
+        command=_command(),
+        before=first,
+    )
     _show(result, report, as_json)
 
 
@@ -285,12 +328,12 @@ def _show(result: Any, report: Path | None, as_json: bool) -> None:
             tables.say(f"The whole story, with interactive figures: {page}")
 
 
-def _train_trio(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
-    """One small network for each activation, trained on the digits in seconds."""
+def _train_digits(data: Any, seed: int, quiet: bool) -> list[Any]:
+    """One small network for each activation, trained on the digits in seconds, and the last of them jointly too."""
     import tempfile
 
-    from micelab import tables
-    from micelab.train import TrainConfig
+    from micelab import joint, tables
+    from micelab.recipe import JointConfig, TrainConfig
     from micelab.train import train as run
 
     networks = {}
@@ -300,31 +343,47 @@ def _train_trio(data: Any, seed: int, quiet: bool) -> dict[str, Any]:
                 tables.say(f"Training a small network with activation {activation} on {len(data.train):,} digits ...")
             config = TrainConfig(activation=activation, epochs=30, lr=0.05, theta=2.0, seed=seed)
             networks[activation] = run(config, Path(folder) / activation, data, progress=not quiet)
-    return networks
+        if not quiet:
+            tables.say("Training the last one jointly, with its spikes in the loop, for every T from 1 to 8 ...")
+        second = JointConfig(time_steps=(1, 2, 4, 8), batch_size=64, seed=seed)
+        start = networks["quant_clip"]
+        networks["spike_clip"] = joint.train(second, Path(folder) / "joint", data, model=start, progress=not quiet)
+    return list(networks.values())
 
 
-def _shipped(dataset: str) -> dict[str, Any]:
+def _shipped(dataset: str) -> list[Any]:
+    """The small ResNet-20 that the repository ships for a data set."""
     import micelab
+    from micelab.checkpoint import shipped
 
-    if dataset != "cifar10":
+    names = [name for name in shipped() if name.startswith(f"resnet20a-{dataset}-")]
+    if not names:
         raise InputError(f"no trained network is shipped for {dataset!r}: train one with `micelab train --dataset {dataset}`")
-    return {"relu": micelab.load("resnet20a-cifar10-relu"), "quant_clip": micelab.load("resnet20a-cifar10-qcfs")}
+    return [micelab.load(name) for name in names]
 
 
 def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
-    """(network of every method, first network): by the activation that each was trained with."""
+    """(network of every row, first network): methods by the activation that each network was trained with."""
     import micelab
-    from micelab.compare import fitting
+    from micelab.compare import rows
 
-    loaded: list[Any] = [micelab.load(name) for name in checkpoints]
-    for name, model in zip(checkpoints, loaded, strict=True):
-        if "activation" not in model.spec:
-            raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
-    networks = fitting({model.spec["activation"]: model for model in loaded})
-    for name in chosen or []:
-        if micelab.methods.get(name) and name not in networks:
+    loaded = [_trained(name) for name in checkpoints]
+    networks = rows(loaded)
+    wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen or []}
+    for name, found in wanted.items():
+        if not found:
             micelab.convert(loaded[0], name)  # says why this method cannot take this network
-    return {name: networks[name] for name in chosen or networks}, loaded[0]
+    return ({row: networks[row] for found in wanted.values() for row in found} if chosen else networks), loaded[0]
+
+
+def _trained(name: str) -> Any:
+    """The trained network of a checkpoint."""
+    import micelab
+
+    model: Any = micelab.load(name)
+    if "activation" not in model.spec:
+        raise InputError(f"{name} is a spiking network already: give the trained network it was made from")
+    return model
 
 
 def _dataset_of(model: Any, given: str | None) -> str:
@@ -342,6 +401,11 @@ def _steps(text: str) -> tuple[int, ...]:
     if not steps or steps[0] < 1:
         raise InputError(f"--time-steps {text!r} is not a list of numbers from 1 on: write for example 1,2,4,8")
     return steps
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _command() -> str:

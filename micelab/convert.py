@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from micelab import calibration as biases
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import LayerRunner, activations, check_images, replace_activations, trace
@@ -34,9 +35,9 @@ def convert(
     """A spiking copy of `ann`, which is not changed.
 
     method: a name of `micelab.methods.METHODS`; calibration: training images [N, C, H, W] in [0, 1], or batches of them
-    (a loader; labels are ignored), for the methods that need some; time_steps: the T that "mse" searches for; per_channel:
-    a threshold for each channel (a trained bound keeps its shape); v0 (in [0, 1]) and signed override the method's; fold:
-    batch-norm into the weights.
+    (a loader; labels are ignored), for the methods that need some; time_steps: the T that "mse" and "calibrated" are made
+    for, and up to which "step_bias" has biases; per_channel: a threshold for each channel (a trained bound keeps its shape);
+    v0 (in [0, 1]) and signed override the method's; fold: batch-norm into the weights.
 
     >>> import micelab
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), method="qcfs")
@@ -53,14 +54,19 @@ def convert(
     if not 0 < percentile <= 100:
         raise InputError(f"percentile is {percentile}: it lies above 0 and at most at 100")
     traced = trace(ann, fold)
-    start = chosen.v0 if v0 is None else float(v0)
-    if chosen.calibrates:
+    start = chosen.v0 if v0 is None else v0
+    batches: list[Tensor] = []
+    seen = dict.fromkeys(activations(traced), (torch.zeros(1, 0), torch.ones(1)))
+    if chosen.needs_images:
         if calibration is None:
-            raise InputError(f"method {method!r} sets thresholds from data: give calibration=images (some training images)")
-        seen = _observe(traced, calibration)
-    else:
-        nothing = (torch.zeros(1, 0), torch.ones(1))
-        seen = dict.fromkeys(activations(traced), nothing)
+            what = "thresholds" if chosen.calibrates else "biases"
+            raise InputError(f"method {method!r} sets {what} from data: give calibration=images (some training images)")
+        batches = _batches(calibration)
+    if chosen.calibrates:
+        seen = _observe(traced, batches)
+    if chosen.calibrate is not None:
+        images = torch.cat(batches)[: biases.IMAGES].to(_home(traced))
+        means = biases.ann_means(traced, images)
 
     def neuron(name: str, activation: nn.Module) -> IntegrateFire:
         samples, highest = seen[name]
@@ -70,41 +76,53 @@ def convert(
             )
         if not per_channel:
             samples, highest = samples.reshape(1, -1), highest.max().reshape(1)
-        theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, start))
+        begin = methods.trained_start(name, activation) if start is None else float(start)
+        theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, begin))
         if chosen.calibrates:
             theta = torch.where((theta > 0) & (highest > 0), theta, highest.max())  # a silent channel gets the layer's largest
         theta = theta.reshape(()) if theta.numel() == 1 else theta
-        return IntegrateFire(theta, start, chosen.signed if signed is None else signed, layer=name)
+        return chosen.neuron(theta, begin, chosen.signed if signed is None else signed, layer=name)
 
     spiking = replace_activations(traced, neuron).requires_grad_(False).to(_home(traced).device)
     snn = SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)
     snn.spec = {"ann": dict(getattr(ann, "spec", {})), "method": method, "time_steps": time_steps, "fold": fold}
     snn.spec["signed"] = chosen.signed if signed is None else signed
+    if chosen.calibrate is not None:
+        chosen.calibrate(snn, images, means, time_steps)
     return snn
 
 
 def restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
-    """The spiking network of a `spec` that `convert` made, with the thresholds' shapes of `tensors`; weights are not loaded."""
+    """The spiking network of a `spec` that `convert` made, its neurons shaped as in `tensors`; numbers are not loaded."""
+    chosen = methods.get(spec["method"])
 
     def neuron(name: str, _: nn.Module) -> IntegrateFire:
-        shape = [tensors.get(f"layers.{name}.{kind}", torch.ones(())).shape for kind in ("theta", "v0")]
-        return IntegrateFire(torch.ones(shape[0]), torch.zeros(shape[1]), spec["signed"], layer=name)
+        made = chosen.neuron(1.0, 0.0, spec["signed"], layer=name)
+        for kind, buffer in list(made.named_buffers()):
+            shape = tensors.get(f"layers.{name}.{kind}", buffer).shape
+            setattr(made, kind, torch.ones(shape))
+        return made
 
     layers = replace_activations(trace(models.build(spec["ann"]), spec["fold"]), neuron).requires_grad_(False)
-    snn = SpikingNetwork(layers, spec["method"], spec["time_steps"], methods.get(spec["method"]).hidden_steps)
+    snn = SpikingNetwork(layers, spec["method"], spec["time_steps"], chosen.hidden_steps)
     snn.spec = spec
     return snn
 
 
-def _observe(traced: fx.GraphModule, calibration: Tensor | Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(samples [C, M], highest [C]) of the input of every activation over the calibration images."""
-    home = _home(traced)
+def _batches(calibration: Tensor | Iterable[Any]) -> list[Tensor]:
+    """The calibration images, checked, in batches."""
     if not isinstance(calibration, Iterable):
         raise InputError(f"calibration is a {type(calibration).__name__}: give training images [N, C, H, W] or batches of them")
     given = check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration
     batches = [check_images(_images_of(batch)) for batch in given]
     if not batches:
         raise InputError("calibration holds no images: give some training images [N, C, H, W]")
+    return batches
+
+
+def _observe(traced: fx.GraphModule, batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(samples [C, M], highest [C]) of the input of every activation over the calibration images."""
+    home = _home(traced)
     observer = _Observer(traced, sum(len(batch) for batch in batches))
     with torch.inference_mode():
         for batch in batches:

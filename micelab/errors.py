@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from micelab.activation import TrainableClip, clip, over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, trace
+from micelab.graph import InputCollector, check_images, trace
 from micelab.network import LayerRun, SpikingNetwork
 from micelab.neuron import IntegrateFire, check_theta, fire
 
@@ -33,9 +33,10 @@ def split_error(
 ) -> dict[str, Tensor]:
     """The four terms and their "total", each [N, ...] in activation units, of one layer.
 
-    rate, mean_current: phi and zbar of the spiking layer; z_ann: the ANN's input of the same neurons; theta, v0: scalar
-    or [C]. Q is the rate of this very neuron under the constant current zbar, run step by step: in real numbers that is
-    the formula above, and where rounding decides on which side of a step zbar lies, it decides alike in phi and in Q.
+    rate, mean_current: phi and zbar of the spiking layer (a bias that a method gives its neurons is part of the current);
+    z_ann: the ANN's input of the same neurons; theta: scalar or [C]; v0: as the neurons finally started, also [N, ...]. Q is
+    the rate of this very neuron under the constant current zbar, run step by step: in real numbers that is the formula
+    above, and where rounding decides on which side of a step zbar lies, it decides alike in phi and in Q.
 
     >>> terms = split_error(torch.tensor([[0.5]]), torch.tensor([[0.8]]), torch.tensor([[0.9]]), 1.0, 0.5, time_steps=4)
     >>> {kind: round(term.item(), 3) for kind, term in terms.items()}
@@ -133,7 +134,7 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
     >>> table.layers["stem.2"].timing.rms  # one step has no order
     0.0
     """
-    collector = _InputCollector(trace(ann))
+    collector = InputCollector(trace(ann))
     if list(collector.activations) != list(snn.neurons):
         raise InputError(
             f"the networks do not match: the ANN's activations are {', '.join(collector.activations)}, the spiking layers "
@@ -156,21 +157,8 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
             seen += len(part)
     if not seen:
         raise InputError("there are no images: give a tensor [N, C, H, W] or batches of them")
-    layers = {name: total.errors(_clips_alike(collector.activations[name], snn.neurons[name])) for name, total in sums.items()}
+    layers = {name: total.errors(snn.neurons[name], collector.activations[name]) for name, total in sums.items()}
     return ErrorTable(layers, time_steps, seen, snn.method)
-
-
-class _InputCollector(LayerRunner):
-    """Runs the ANN and keeps the input z of every activation."""
-
-    def __init__(self, traced: Any):
-        super().__init__(traced)
-        self.activations = activations(traced)
-        self.inputs: dict[str, Tensor] = {}
-
-    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
-        self.inputs[name] = z
-        return module(z)
 
 
 class _Sums:
@@ -178,7 +166,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.terms = {kind: [0.0, 0.0, 0.0] for kind in (*KINDS, "total")}
-        self.signal, self.shares, self.neurons, self.theta, self.v0 = 0.0, [0, 0, 0], 0, 0.0, 0.0
+        self.signal, self.shares, self.neurons = 0.0, [0, 0, 0], 0
 
     def add(self, run: LayerRun, z_ann: Tensor) -> None:
         terms = split_error(run.rate, run.mean_current, z_ann, run.theta, run.v0, run.time_steps)
@@ -192,9 +180,8 @@ class _Sums:
         self.shares = [a + int(flag.sum()) for a, flag in zip(self.shares, flags, strict=True)]
         self.signal += float(z_ann.clamp(min=0).double().square().sum())
         self.neurons += z_ann.numel()
-        self.theta, self.v0 = float(run.theta.mean()), float(run.v0.mean())
 
-    def errors(self, trained_clip: bool) -> LayerErrors:
+    def errors(self, neuron: IntegrateFire, activation: nn.Module) -> LayerErrors:
         n = max(1, self.neurons)
         terms = {kind: Term(s[0] / n, s[1] / n, (s[2] / n) ** 0.5) for kind, s in self.terms.items()}
         over, under, saturated = (share / n for share in self.shares)
@@ -205,9 +192,9 @@ class _Sums:
             over_firing=over,
             under_firing=under,
             saturated=saturated,
-            theta=self.theta,
-            v0=self.v0,
-            trained_clip=trained_clip,
+            theta=float(neuron.theta.mean()),
+            v0=float(neuron.v0.mean()),
+            trained_clip=_clips_alike(activation, neuron),
         )
 
 

@@ -27,10 +27,10 @@ ACTIVATIONS = (nn.ReLU, TrainableClip)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_AFFINE = (*WEIGHTED, *_BATCH_NORMS, *_POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
+_AFFINE = (*WEIGHTED, *BATCH_NORMS, *_POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
 _RELU_CALLS = {F.relu, torch.relu, "relu"}
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _SUM_CALLS = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", operator.neg, torch.neg, "neg"}
@@ -79,7 +79,23 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"a {type(model).__name__} was given where a network (torch.nn.Module) is needed")
-    model = _own_copy(model)
+    traced = read(_own_copy(model))
+    _name_activations(traced)
+    if fold:
+        _fold_batch_norm(traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    if not activations(traced):
+        raise ConversionError(f"{type(model).__name__} holds no nn.ReLU and no clip activation: there is nothing to convert")
+    return traced
+
+
+def read(model: nn.Module) -> fx.GraphModule:
+    """`model` as a graph of its own layers: they are shared, so what trains the one trains the other.
+
+    Dropout is left out, calls that write into their input do so no more. Raises ConversionError as `trace` does.
+    """
     _check_numbers(model)
     tracer = _Tracer()
     try:
@@ -94,14 +110,6 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
     _drop_dropout(traced)
     _undo_in_place(traced)
     _check_nodes(traced)
-    _name_activations(traced)
-    if fold:
-        _fold_batch_norm(traced)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    if not activations(traced):
-        raise ConversionError(f"{type(model).__name__} holds no nn.ReLU and no clip activation: there is nothing to convert")
     return traced
 
 
@@ -109,6 +117,15 @@ def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
     """The activations by name, from input to output."""
     nodes = [node for node in traced.graph.nodes if is_activation(traced, node)]
     return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
+
+
+def depth(traced: fx.GraphModule) -> int:
+    """How many activations lie in a row between input and output, on the longest way."""
+    longest: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + is_activation(traced, node)
+    return max(longest.values())
 
 
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -197,7 +214,7 @@ def _shares_memory(traced: fx.GraphModule, node: fx.Node) -> bool:
 def is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node's value is a new tensor that nothing else looks into."""
     if node.op == "call_module":
-        return isinstance(traced.get_submodule(str(node.target)), (*WEIGHTED, *_BATCH_NORMS))
+        return isinstance(traced.get_submodule(str(node.target)), (*WEIGHTED, *BATCH_NORMS))
     return node.op in ("call_function", "call_method") and node.target in _SUM_CALLS
 
 
@@ -235,7 +252,7 @@ def _check_nodes(traced: fx.GraphModule) -> None:
 
 def _check_module(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
-    if isinstance(module, _BATCH_NORMS) and module.running_mean is None:
+    if isinstance(module, BATCH_NORMS) and module.running_mean is None:
         raise ConversionError(f"layer `{name}` is nn.{kind} without running statistics: train it with track_running_stats=True")
     if isinstance(module, nn.Flatten) and module.start_dim == 0:
         raise ConversionError(f"layer `{name}` flattens the images of a batch into one: use nn.Flatten(start_dim=1)")
@@ -334,7 +351,7 @@ def _fold_batch_norm(traced: fx.GraphModule) -> None:
         if node.op == "call_module":
             uses[node.target] = uses.get(node.target, 0) + 1
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(traced.get_submodule(node.target), _BATCH_NORMS):
+        if node.op != "call_module" or not isinstance(traced.get_submodule(node.target), BATCH_NORMS):
             continue
         before = node.args[0]
         if before.op != "call_module" or len(before.users) > 1 or uses[before.target] > 1:
@@ -393,6 +410,19 @@ class LayerRunner(fx.Interpreter):
 
     def _shapes(self, n: fx.Node) -> str:
         return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))
+
+
+class InputCollector(LayerRunner):
+    """Runs the ANN and keeps the input z of every activation."""
+
+    def __init__(self, traced: Any):
+        super().__init__(traced)
+        self.activations = activations(traced)
+        self.inputs: dict[str, Tensor] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.inputs[name] = z
+        return module(z)
 
 
 def check_images(images: Any) -> Tensor:

@@ -13,6 +13,7 @@ from micelab.activation import clip, quantize
 from micelab.exceptions import InputError
 from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, is_size, trace
 from micelab.network import SpikingNetwork
+from micelab.neuron import over_time
 
 PICOJOULE_PER_MAC = 4.6
 PICOJOULE_PER_AC = 0.9
@@ -26,18 +27,37 @@ ENERGY_ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class AccuracyCurve:
-    """Accuracy in [0, 1] after each of `time_steps`; `true_steps` adds the steps that the method hides."""
+    """Accuracy in [0, 1] after each of `time_steps`; `true_steps` counts what a method spends beyond them.
+
+    That is `hidden_steps` more, and `turns` times as many where so many layers in a row wait for one another.
+    """
 
     time_steps: tuple[int, ...]
     accuracy: tuple[float, ...]
     images: int
     method: str
     hidden_steps: int = 0
+    turns: int = 1
 
     @property
     def true_steps(self) -> tuple[int, ...]:
-        """T + hidden steps."""
-        return tuple(steps + self.hidden_steps for steps in self.time_steps)
+        """T x turns + hidden steps, for each T."""
+        return tuple(self.true(steps) for steps in self.time_steps)
+
+    @property
+    def true_words(self) -> str:
+        """The same as a formula: "T", "T + 4", "19 T"."""
+        steps = "T" if self.turns == 1 else f"{self.turns} T"
+        return f"{steps} + {self.hidden_steps}" if self.hidden_steps else steps
+
+    def true(self, time_steps: int) -> int:
+        """The steps that a run of T = `time_steps` takes in truth."""
+        return time_steps * self.turns + self.hidden_steps
+
+    def within(self, true_steps: int) -> float | None:
+        """Accuracy at the largest T that takes at most so many true steps; None where not even the smallest does."""
+        fitting = [a for steps, a in zip(self.time_steps, self.accuracy, strict=True) if self.true(steps) <= true_steps]
+        return fitting[-1] if fitting else None
 
     def at(self, time_steps: int) -> float:
         """Accuracy after so many steps."""
@@ -53,19 +73,23 @@ def accuracy_curve(
 ) -> AccuracyCurve:
     """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
 
-    One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later.
+    One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
+    a network whose layers wait for one another is simulated for each T by itself.
     """
     wanted = tuple(sorted(set(time_steps)))
     if not wanted or wanted[0] < 1:
         raise InputError(f"time_steps is {tuple(time_steps)}: give numbers of at least 1")
     right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
     for images, labels in loader:
-        predictions = snn.simulate(images, wanted[-1], record=False).predictions[[t - 1 for t in wanted]]
+        if snn.turns == 1:
+            predictions = snn.simulate(images, wanted[-1], record=False).predictions[[t - 1 for t in wanted]]
+        else:
+            predictions = torch.stack([snn(images, t).argmax(-1) for t in wanted])
         right += (predictions == labels.to(predictions.device)).sum(1).cpu()
         seen += len(labels)
     if not seen:
         raise InputError("the loader gave no images: give batches of (images, labels)")
-    return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps)
+    return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps, snn.turns)
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,8 @@ def lost_points(
     """Why the accuracy falls from ANN to SNN: three networks in between, each with one error more than the last.
 
     The clipped network limits every activation to [0, theta]; the quantized one puts it on Q, the staircase of `time_steps`
-    steps; the SNN adds the order of spikes. `snn_accuracy`: the SNN's over the same images where it is known already.
+    steps, with the start and the bias that the method gives its neurons; the SNN adds the order of spikes, and what the
+    method does about it image by image. `snn_accuracy`: the SNN's over the same images where it is known already.
     """
     runners = [LayerRunner(trace(ann)), _Substitute(snn, None), _Substitute(snn, time_steps)]
     right, seen = [0] * (4 if snn_accuracy is None else 3), 0
@@ -137,7 +162,10 @@ class _Substitute(LayerRunner):
         self.levels = levels
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
-        return clip(z, module.theta) if self.levels is None else quantize(z, module.theta, self.levels, module.v0)
+        if self.levels is None:
+            return clip(z, module.theta)
+        mean = over_time(module.drive(z.expand(self.levels, *z.shape)))
+        return quantize(mean, module.theta, self.levels, module.v0)
 
 
 @dataclass(frozen=True)
@@ -196,15 +224,21 @@ class Energy:
 
 
 def energy(snn: SpikingNetwork, images: Tensor, time_steps: int = 8) -> Energy:
-    """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them."""
+    """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them.
+
+    Every spike is counted: those of hidden steps, and those that signed neurons take back, too.
+    """
+    signed = any(neuron.signed for neuron in snn.neurons.values())
+    steps = time_steps + snn.hidden_steps
     meter = _Meter(snn.layers)
     sent: dict[str, float] = dict.fromkeys(snn.neurons, 0.0)
-    for part, run in snn.stream(images, time_steps):
+    for part, run in snn.stream(images, time_steps, spikes=signed):
         if not meter.macs:
             with torch.inference_mode():
                 meter.run(part[:1])
         for name, layer in run.layers.items():
-            sent[name] += float(layer.count.double().sum())
+            spent = layer.count if layer.spikes is None else layer.spikes.abs().sum(0)
+            sent[name] += float(spent.double().sum()) + (0.0 if layer.hidden is None else float(layer.hidden.double().sum()))
     spikes = {name: total / len(images) for name, total in sent.items()}
     macs, operations = 0.0, 0.0
     for node, cost in meter.macs.items():
@@ -212,13 +246,13 @@ def energy(snn: SpikingNetwork, images: Tensor, time_steps: int = 8) -> Energy:
         if sources == {IMAGES}:  # the image is the same at every step: once
             macs += cost
         elif sources & {IMAGES, REAL}:
-            macs += cost * time_steps
+            macs += cost * steps
         else:
             operations += sum(spikes[source] for source in sources) * cost / meter.inputs[node]
     for node in snn.layers.graph.nodes:  # a shortcut without weights adds its spikes to the membrane
         if is_activation(snn.layers, node):
             operations += sum(spikes.get(source, 0.0) for source in spike_sources(snn.layers, node.all_input_nodes[0]))
-    rates = {name: spikes[name] / (meter.neurons[name] * time_steps) for name in spikes}
+    rates = {name: spikes[name] / (meter.neurons[name] * steps) for name in spikes}
     return Energy(time_steps, float(sum(meter.macs.values())), macs, operations, sum(spikes.values()), rates)
 
 

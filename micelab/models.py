@@ -96,8 +96,9 @@ def resnet20(
 ) -> ImageNetwork:
     """A ResNet-20: images [N, in_channels, H, W] in [0, 1] to logits [N, num_classes].
 
-    `kind` "A" (width 16), "B", "C" (width 64), or any `width` of A's shape; `activation` "relu", "clip" (TCL) or
-    "quant_clip" (QCFS with `levels`); `theta` starts every bound; `mean` and `std` normalize, per channel.
+    `kind` "A" (width 16), "B", "C" (width 64), or any `width` of A's shape; `activation` "relu", "clip" (TCL), "quant_clip"
+    (QCFS with `levels`), "noisy_quant_clip" (NQ) or "spike_clip" (what joint training makes of it); `theta` starts every
+    bound; `mean` and `std` normalize, per channel.
 
     >>> net = resnet20(width=16)
     >>> net(torch.zeros(1, 3, 32, 32)).shape, sum(p.numel() for p in net.parameters())
@@ -184,7 +185,7 @@ def build(spec: dict[str, Any]) -> ImageNetwork:
 
 def describe(spec: dict[str, Any]) -> str:
     """The network in a few words: "ResNet-20 kind A (width 16), quant_clip levels=8"."""
-    levels = f" levels={spec['levels']}" if spec["activation"] == "quant_clip" else ""
+    levels = f" levels={spec['levels']}" if spec["activation"] not in ("relu", "clip") else ""
     kind = spec.get("kind") or {16: "A", 64: "C"}.get(spec.get("width") or 16)
     name = f"ResNet-20 kind {kind}" if spec["name"] == "resnet20" and kind else spec["name"]
     width = spec.get("width") or _WIDTH_OF_KIND[kind or "A"]

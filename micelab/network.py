@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, is_activation, is_fresh, is_size
+from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size
 from micelab.memory import device_budget, in_chunks
-from micelab.neuron import IntegrateFire, fire
+from micelab.neuron import Firing, IntegrateFire, over_time
 
 CACHE_BUDGET = 4 * 2**20
 """Bytes that the largest layer's activations of one chunk may take on a CPU: a chunk that spills the cache loses a third."""
@@ -30,7 +30,10 @@ DEVICE_BUDGET = 512 * 2**20
 
 @dataclass
 class LayerRun:
-    """What one spiking layer did: tensors [N, ...]; theta, v0 as in the layer; T = `time_steps`."""
+    """What one spiking layer did in the T = `time_steps` steps that count: tensors [N, ...].
+
+    theta: as in the layer; v0: the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps.
+    """
 
     count: Tensor
     residual: Tensor
@@ -39,11 +42,12 @@ class LayerRun:
     v0: Tensor
     time_steps: int
     spikes: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def rate(self) -> Tensor:
         """theta*n/T in activation units, [N, ...]: what the layer says."""
-        return self.count.to(self.residual.dtype) * self._theta() / self.time_steps
+        return self.count.to(self.residual.dtype) * over_channels(self.theta, self.residual) / self.time_steps
 
     @property
     def spike_rate(self) -> float:
@@ -53,6 +57,8 @@ class LayerRun:
     def tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Each tensor of the run, with the dimension along which its images lie."""
         found = {"count": (self.count, 0), "residual": (self.residual, 0), "mean_current": (self.mean_current, 0)}
+        found |= {"v0": (self.v0, 0)} if self.v0.dim() > 1 else {}
+        found |= {} if self.hidden is None else {"hidden": (self.hidden, 0)}
         return found if self.spikes is None else found | {"spikes": (self.spikes, 1)}
 
     def room_for(self, images: int) -> LayerRun:
@@ -60,14 +66,11 @@ class LayerRun:
         rooms: dict[str, Any] = {name: _room(tensor, dim, images) for name, (tensor, dim) in self.tensors().items()}
         return replace(self, **rooms)
 
-    def _theta(self) -> Tensor:
-        return over_channels(self.theta, self.residual)
-
     def to_dict(self) -> dict[str, Any]:
         """Summary in plain numbers."""
         return {
             "theta": self.theta.tolist(),
-            "v0": self.v0.tolist(),
+            "v0": self.v0.tolist() if self.v0.dim() < 2 else float(self.v0.mean()),
             "spike_rate": self.spike_rate,
             "mean_residual": float(self.residual.mean()),
             "mean_current": float(self.mean_current.mean()),
@@ -113,13 +116,16 @@ class SpikingNetwork(nn.Module):
     """A converted network: `simulate` runs T steps and keeps what every layer did, calling it gives the last mean logits.
 
     An ordinary module: `.to(device)`, `copy.deepcopy`, and `state_dict` (weights, thresholds and initial potentials).
-    `method` and `hidden_steps` say how it was made and how many steps it spends beyond T.
+    `method` and `hidden_steps` say how it was made and how many steps it spends beyond T; `turns` is 1, or the number of
+    layers in a row where each waits for all T steps of the one before.
     """
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
         super().__init__()
         self.layers = layers
         self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
+        waits = any(neuron.waits for neuron in self.neurons.values())
+        self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
         self._largest: dict[tuple[int, ...], int] = {}
         self._shrink = 1
@@ -128,6 +134,10 @@ class SpikingNetwork(nn.Module):
     def neurons(self) -> dict[str, IntegrateFire]:
         """The spiking layers by name, from input to output."""
         return activations(self.layers)  # type: ignore[return-value]
+
+    def true_steps(self, time_steps: int) -> int:
+        """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
+        return time_steps * self.turns + self.hidden_steps
 
     def forward(self, images: Tensor, time_steps: int | None = None) -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
@@ -179,7 +189,7 @@ class SpikingNetwork(nn.Module):
             self._largest[shape] = probe.largest
         budget = CACHE_BUDGET if images.device.type == "cpu" else device_budget(images.device, DEVICE_BUDGET)
         budget //= self._shrink
-        return max(1, budget // (self._largest[shape] * images.element_size() * time_steps))
+        return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)[0]))
 
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:
@@ -192,11 +202,18 @@ class SpikingNetwork(nn.Module):
 
     def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
         with torch.inference_mode():
-            runner = _TimeFolded(self.layers, time_steps, len(images), record, spikes)
-            outputs = runner.run(images).unflatten(0, (time_steps, len(images)))
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes)
+            outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
         return SimulationRun(mean, runner.records)
+
+
+def steps_to_run(layers: fx.GraphModule, time_steps: int) -> tuple[int, int]:
+    """(steps that are simulated so that T = `time_steps` count, how many of them run before those)."""
+    neurons = [neuron for neuron in activations(layers).values() if isinstance(neuron, IntegrateFire)]  # not those in training
+    before = max((neuron.before for neuron in neurons), default=0)
+    return max(before + time_steps, max((neuron.ahead for neuron in neurons), default=0)), before
 
 
 class _Probe(LayerRunner):
@@ -209,12 +226,16 @@ class _Probe(LayerRunner):
         return z
 
 
-class _TimeFolded(LayerRunner):
-    """Runs T steps of n images: constant values [n, ...] until the first neurons, [T*n, ...] from there on."""
+class TimeFolded(LayerRunner):
+    """Runs `steps` steps of n images, of which T = `time_steps` count (all, unless the neurons ask for more).
+
+    Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
+    """
 
     def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
         super().__init__(layers)
         self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.steps, self.before = steps_to_run(layers, time_steps)
         self.records: dict[str, LayerRun] = {}
         self.over_time: set[fx.Node] = set()
 
@@ -226,7 +247,7 @@ class _TimeFolded(LayerRunner):
         if timed and len(timed) < len(tensors):  # a constant meets spikes: it is the same at every step
             for source in tensors:
                 if source not in self.over_time:
-                    self.env[source] = self.env[source].expand(self.time_steps, *self.env[source].shape).flatten(0, 1)
+                    self.env[source] = self.env[source].expand(self.steps, *self.env[source].shape).flatten(0, 1)
                     self.over_time.add(source)
         self.node = n
         return super().run_node(n)
@@ -251,30 +272,39 @@ class _TimeFolded(LayerRunner):
     def _one_step(self, shape: torch.Size) -> torch.Size:
         return torch.Size((self.images, *shape[1:]))
 
-    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+    def counted(self, values: Tensor) -> Tensor:
+        """The T steps that count of all that were run, [T, n, ...]."""
+        return values[self.before : self.before + self.time_steps]
+
+    def current(self, z: Tensor) -> Tensor:
+        """The input z of the activation at hand as currents [steps, n, ...]; where they are constant, without copies."""
+        if self.node.all_input_nodes[0] in self.over_time:
+            return z.unflatten(0, (self.steps, self.images))
+        return z.expand(self.steps, *z.shape)
+
+    def room(self, z: Tensor) -> Tensor:
+        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where nobody else reads them."""
         source = self.node.all_input_nodes[0]
-        timed = source in self.over_time
-        current = z.unflatten(0, (self.time_steps, self.images)) if timed else z.expand(self.time_steps, *z.shape)
-        # the currents of a layer that nobody else reads make room for its spikes
-        if timed and len(source.users) == 1 and is_fresh(self.traced, source):
-            out = z
-        else:
-            shape = (self.time_steps * self.images, *current.shape[2:])
-            layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
-            out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
-        steps = out.unflatten(0, (self.time_steps, self.images))
-        # a mean of T equal numbers may round, the number itself does not
-        mean = (current.mean(0) if timed else z) if self.record else None
-        count, residual = fire(current, module.theta, module.v0, module.signed, steps, amplitude=True, count=self.record)
+        if source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source):
+            return z
+        shape = (self.steps * self.images, *z.shape[1:])
+        layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+        current, out = module.drive(self.current(z)), self.room(z)
+        steps = out.unflatten(0, (self.steps, self.images))
+        mean = over_time(self.counted(current)) if self.record else None
+        did = module.respond(current, steps, self.time_steps, count=self.record)
         if mean is not None:
-            kept = _signs(steps) if self.spikes else None
-            count = count.to(torch.int16 if self.time_steps < 2**15 else torch.int32)
-            self.records[name] = LayerRun(count, residual, mean, module.theta, module.v0, self.time_steps, kept)
+            self.records[name] = self._layer_run(did, mean, module.theta, steps)
         return out
 
-
-def _signs(steps: Tensor) -> Tensor:
-    return steps.sign().to(torch.int8)
+    def _layer_run(self, did: Firing, mean: Tensor, theta: Tensor, steps: Tensor) -> LayerRun:
+        kind = torch.int16 if self.steps < 2**15 else torch.int32
+        spikes = self.counted(steps).sign().to(torch.int8) if self.spikes else None
+        hidden = None if did.hidden is None else did.hidden.to(kind)
+        return LayerRun(did.count.to(kind), did.residual, mean, theta, did.v0, self.time_steps, spikes, hidden)
 
 
 def _whole(part: SimulationRun, images: int, device: torch.device) -> SimulationRun:

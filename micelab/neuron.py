@@ -6,6 +6,9 @@ Charge is conserved: theta*sum(s) + v(T) = theta*v0 + sum(I). Signed: a neuron t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -90,8 +93,37 @@ def fire(
     return fired, v
 
 
+def over_time(current: Tensor) -> Tensor:
+    """Mean of [T, N, ...] over T, [N, ...]; where every step is one and the same number (an expanded tensor), that number.
+
+    >>> over_time(torch.tensor([0.1]).expand(3, 1)).item() == torch.tensor(0.1).item()  # a mean of three might round
+    True
+    """
+    return current[0] if current.stride(0) == 0 else current.mean(0)
+
+
+@dataclass(frozen=True)
+class Firing:
+    """What a layer did in the T steps that count: `count` and `residual` [N, ...], the start `v0` it finally took (in units
+    of theta: scalar, [C] or [N, ...]) and, where steps before T are spent, the spikes `hidden` sent in them [N, ...]."""
+
+    count: Tensor
+    residual: Tensor
+    v0: Tensor
+    hidden: Tensor | None = None
+
+
 class IntegrateFire(nn.Module):
-    """A layer of integrate-and-fire neurons: holds `theta` and `v0` (scalar or [C]) as buffers, so they are in `state_dict`."""
+    """A layer of integrate-and-fire neurons: holds `theta` and `v0` (scalar or [C]) as buffers, so they are in `state_dict`.
+
+    Other kinds of neuron are subclasses that override `drive` or `respond` and say what they ask of the simulation: `before`:
+    steps that the whole network runs before the T that count; `ahead`: steps of its input that a layer sees before its first
+    step; `waits`: whether a layer starts only when the layer before has ended.
+    """
+
+    before: ClassVar[int] = 0
+    ahead: ClassVar[int] = 0
+    waits: ClassVar[bool] = False
 
     theta: Tensor
     v0: Tensor
@@ -102,10 +134,22 @@ class IntegrateFire(nn.Module):
         self.register_buffer("v0", torch.as_tensor(v0, dtype=torch.float32).detach().clone().to(self.theta.device))
         self.signed = signed
 
+    def drive(self, current: Tensor) -> Tensor:
+        """The current that charges the membrane, [T, N, ...], for the one that arrives, [T, N, ...]; here the same."""
+        return current
+
+    def respond(self, current: Tensor, out: Tensor, time_steps: int, count: bool = True) -> Firing:
+        """Writes theta*s(t) of every step into `out` (it may be `current` itself), for currents as `drive` gives them.
+
+        The last `time_steps` of the steps after `before` count; with `count` off, the counts given back mean nothing.
+        """
+        sent, residual = fire(current, self.theta, self.v0, self.signed, out, amplitude=True, count=count)
+        return Firing(sent, residual, self.v0)
+
     def forward(self, current: Tensor) -> Tensor:
         """theta*s(t), [T, N, ...], for currents [T, N, ...]."""
         out = torch.empty_like(current)
-        fire(current, self.theta, self.v0, self.signed, out, amplitude=True)
+        self.respond(self.drive(current), out, len(current) - self.before)
         return out
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 from micelab.errors import KINDS, ErrorTable
 from micelab.exceptions import MicelabError
@@ -14,7 +15,10 @@ COLOURS = {"timing": "#D55E00", "quantization": "#0072B2", "clipping": "#E69F00"
 
 
 def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_accuracy: float, mark: int | None = None) -> bytes:
-    """PNG: accuracy over T on the left (`mark` rings one T of the first curve), each layer's errors at one T on the right."""
+    """PNG: accuracy over T on the left (`mark` rings one T of the first curve), each layer's errors at one T on the right.
+
+    Upper bounds, whose layers wait for one another, are left out: their true steps lie far beyond the others'.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -24,12 +28,11 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     FigureCanvasAgg(picture)
     left, right = picture.subplots(1, 2, width_ratios=[1, 2])
     left.axhline(100 * ann_accuracy, color="0.3", linestyle="--", label=f"ANN {100 * ann_accuracy:.1f} %")
-    for curve, style in zip(curves, ("o-", "s-", "^-", "v-", "D-", "x-", "P-"), strict=False):
+    drawn = [curve for curve in curves if curve.turns == 1] or list(curves)
+    for curve, style in zip(drawn, cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), strict=False):
         left.plot(curve.true_steps, [100 * a for a in curve.accuracy], style, markersize=5, label=curve.method)
     if mark is not None:
-        left.plot(
-            [mark + curves[0].hidden_steps], [100 * curves[0].at(mark)], "o", markersize=13, fillstyle="none", color="black"
-        )
+        left.plot([curves[0].true(mark)], [100 * curves[0].at(mark)], "o", markersize=13, fillstyle="none", color="black")
     steps = curves[0].true_steps
     left.set_xscale("log", base=2)
     left.set_xticks(steps, [str(t) for t in steps])

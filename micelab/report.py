@@ -43,7 +43,7 @@ addEventListener("beforeprint", () => document.querySelectorAll("details").forEa
 
 _GLOSSARY = {
     "T, time-steps": "How long the spiking network runs; more steps are more accurate, slower and cost more energy. "
-    "True steps count those that a method hides.",
+    "True steps count those that a method spends beside them.",
     "theta, threshold": "The membrane potential at which a neuron spikes; the most that it can say.",
     "v, membrane potential": "The charge a neuron holds: it grows by the input and falls by theta at each spike. "
     "It starts at v0 (in thetas) and ends as v(T).",
@@ -83,22 +83,29 @@ def _page(result: Comparison, command: str) -> str:
         figure(curves),
         _accuracy_table(rows),
         f"<p class=small>Accuracy in % on {result.images:,} {escape(result.split)} images. True steps are T and the hidden steps "
-        "that a method spends beside them.</p>",
+        "that a method spends beside them, or T for every layer where each waits for the one before (an upper bound).</p>",
         f"<h2>Where do the points go, at T = {result.time_steps}?</h2>",
         "<p>Three networks stand between the ANN and the spiking one, each with one error more than the last: activations "
         "limited to theta (clipping), put on T + 1 levels (quantization), and sent as spikes in their order (timing). The losses "
         "sum to the whole.</p>",
-        _points_table(rows),
+        _points_table(rows, result.time_steps),
         "<p class=small>Points of accuracy: - lost, + gained (an error can happen to help).</p>",
     ]
     if (lost := rows[best].points) is not None:
         waterfall = figures.lost_points_waterfall(lost, f"{best}: where the points go at T = {result.time_steps}")
         parts.append(figure(waterfall))
     parts.append(f"<h2>Which layer, and why?</h2><p>Errors over {result.error_images} images.</p>")
+    if (stages := result.stages()) is not None:
+        parts.append(figure(figures.before_and_after(rows[stages[0]].errors, rows[stages[1]].errors, stages)))
     parts += [
-        _method_section(name, row, figure(figures.error_bars(row.errors)), opened=name == best) for name, row in rows.items()
+        _method_section(name, row, result.time_steps, figure(figures.error_bars(row.errors)), opened=name == best)
+        for name, row in rows.items()
     ]
-    parts += ["<h2>Spikes and energy</h2>", _energy_table(rows), f"<p class=small>{escape(ENERGY_ASSUMPTIONS)}</p>"]
+    parts += [
+        "<h2>Spikes and energy</h2>",
+        _energy_table(rows, result.time_steps),
+        f"<p class=small>{escape(ENERGY_ASSUMPTIONS)}</p>",
+    ]
     parts += [figure(figures.spike_rates(rows[best].energy, f"{best}: spike rates, T = {result.time_steps}"))]
     words = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GLOSSARY.items())
     parts += ["<h2>Words</h2>", f"<dl>{words}</dl>", "<h2>Methods and sources</h2>", _sources(rows)]
@@ -134,13 +141,13 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
 
 def _accuracy_table(rows: dict[str, MethodResult]) -> str:
     steps = next(iter(rows.values())).curve.time_steps
-    headings = ["method", "network", "ANN %", "hidden steps", *[f"T = {t}" for t in steps]]
+    headings = ["method", "network", "ANN %", "true steps", *[f"T = {t}" for t in steps]]
     lines = [
         [
             name,
             row.network,
             f"{100 * row.ann_accuracy:.2f}",
-            str(row.curve.hidden_steps),
+            row.curve.true_words,
             *[f"{100 * a:.2f}" for a in row.curve.accuracy],
         ]
         for name, row in rows.items()
@@ -148,17 +155,23 @@ def _accuracy_table(rows: dict[str, MethodResult]) -> str:
     return _table(headings, lines, (0, 1))
 
 
-def _points_table(rows: dict[str, MethodResult]) -> str:
+def _points_table(rows: dict[str, MethodResult], time_steps: int) -> str:
     kinds = ("clipping", "quantization", "timing")
     lines = [
-        [name, f"{100 * p.ann:.2f}", *[f"{0.0 - round(100 * getattr(p, kind), 2):+.2f}" for kind in kinds], f"{100 * p.snn:.2f}"]
+        [
+            name,
+            str(row.curve.true(time_steps)),
+            f"{100 * p.ann:.2f}",
+            *[f"{0.0 - round(100 * getattr(p, kind), 2):+.2f}" for kind in kinds],
+            f"{100 * p.snn:.2f}",
+        ]
         for name, row in rows.items()
         if (p := row.points) is not None
     ]
-    return _table(["method", "ANN %", *kinds, "SNN %"], lines)
+    return _table(["method", "true steps", "ANN %", *kinds, "SNN %"], lines)
 
 
-def _method_section(name: str, row: MethodResult, bars: str, opened: bool) -> str:
+def _method_section(name: str, row: MethodResult, time_steps: int, bars: str, opened: bool) -> str:
     headings = ["layer", "theta", *KINDS, "total", "over-firing", "under-firing", "saturated"]
     lines = []
     for layer, errors in row.errors.layers.items():
@@ -169,16 +182,20 @@ def _method_section(name: str, row: MethodResult, bars: str, opened: bool) -> st
     note = "<p class=small>Errors: root-mean-square in % of the layer's signal. Shares of neurons in %.</p>"
     words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(row.errors.words()))
     state = " open" if opened else ""
-    return f"<details{state}><summary>{escape(name)}</summary><blockquote>{words}</blockquote>{bars}{table}{note}</details>"
+    true = row.curve.true(time_steps)
+    spent = f" ({true} true steps)" if true != time_steps else ""
+    return (
+        f"<details{state}><summary>{escape(name)}{spent}</summary><blockquote>{words}</blockquote>{bars}{table}{note}</details>"
+    )
 
 
-def _energy_table(rows: dict[str, MethodResult]) -> str:
-    headings = ["method", "spikes an image", "synaptic operations", "multiply-accumulates", "SNN µJ", "ANN µJ"]
+def _energy_table(rows: dict[str, MethodResult], time_steps: int) -> str:
+    headings = ["method", "true steps", "spikes an image", "synaptic operations", "multiply-accumulates", "SNN µJ", "ANN µJ"]
     lines = []
     for name, row in rows.items():
         e = row.energy
         counts = [f"{e.spikes:,.0f}", f"{e.synaptic_operations:,.0f}", f"{e.snn_macs:,.0f}"]
-        lines.append([name, *counts, f"{e.snn_microjoule:.2f}", f"{e.ann_microjoule:.2f}"])
+        lines.append([name, str(row.curve.true(time_steps)), *counts, f"{e.snn_microjoule:.2f}", f"{e.ann_microjoule:.2f}"])
     return _table(headings, lines)
 
 

@@ -12,82 +12,30 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from micelab import checkpoint, models
-from micelab.activation import TrainableClip
+from micelab.activation import NoisyQuantClip, TrainableClip
 from micelab.batches import training_batches
-from micelab.data import Augmentation, ImageData, Split, data_folder, load_data
+from micelab.data import ImageData, Split, load_data, to_float
 from micelab.exceptions import CheckpointError, InputError, TrainingError
-from micelab.machine import default_precision as default_precision
 from micelab.machine import machine
+from micelab.noise import measure_noise
+from micelab.recipe import Recipe
+from micelab.recipe import TrainConfig as TrainConfig
 
 log = logging.getLogger(__name__)
+NOISE_IMAGES = 256
+"""So many validation images tell the conversion error that noise training (NQ) trains with."""
 _COUNTERS = ("epoch", "step", "sums", "seconds")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every choice of a stage-1 run. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4 on
-    weights only, warm-up, cosine to zero; bounds theta have a rate of their own (`theta_lr` times `lr`)."""
-
-    dataset: str = "digits"
-    network: str = "small_cnn"
-    kind: models.Kind | None = None
-    width: int | None = None
-    activation: str = "quant_clip"
-    levels: int | None = 8
-    theta: float = 4.0
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    theta_lr: float = 0.1
-    warmup_epochs: float = 1.0
-    label_smoothing: float = 0.0
-    augment: Augmentation = "standard"
-    seed: int = 0
-    precision: Literal["bf16", "fp32"] = "fp32"
-    compile: bool = False
-    start: str | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "momentum": 0 <= self.momentum < 1,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "theta_lr": 0 <= self.theta_lr < math.inf,
-            "warmup_epochs": 0 <= self.warmup_epochs < math.inf,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
-            "seed": self.seed >= 0,
-            "precision": self.precision in ("bf16", "fp32"),
-        }
-        for name, good in ranges.items():
-            if not good:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range")
-
-    def build(self, data: ImageData) -> models.ImageNetwork:
-        """The network to train, fitted to the data: weights drawn from `seed`, or those of the checkpoint `start`."""
-        spec: dict[str, Any] = {"name": self.network, "activation": self.activation, "levels": self.levels}
-        spec |= {"theta": self.theta, "num_classes": len(data.classes), "in_channels": data.shape[0]}
-        spec |= {"mean": list(data.mean), "std": list(data.std)}
-        spec |= {key: value for key in ("kind", "width") if (value := getattr(self, key)) is not None}
-        torch.manual_seed(self.seed)
-        model = models.build(spec)
-        if self.start is not None:
-            checkpoint.start_from(model, self.start)
-        return model
 
 
 def train(
@@ -105,12 +53,26 @@ def train(
     epoch). `resume=True` goes on from there; it refuses other options than the run was started with. Raises
     TrainingError where the loss is no longer finite (the last state is kept) and KeyboardInterrupt when stopped.
     """
+    return carry_out(Run, config, out, data, resume, progress, folder, command)
+
+
+def carry_out(
+    kind: Callable[..., Run],
+    config: Recipe,
+    out: str | Path,
+    data: ImageData | None,
+    resume: bool,
+    progress: bool,
+    folder: str | Path | None,
+    command: str | None,
+) -> Any:
+    """Makes a run of that kind, begins or resumes it, brings it to its end and saves the network with its card."""
     from accelerate import Accelerator
 
     out = Path(out)
     data = data or load_data(config.dataset, folder)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    run = _Run(config, out, data, accelerator)
+    run = kind(config, out, data, accelerator)
     if resume:
         run.read_state()
     elif (out / "state.safetensors").exists():
@@ -118,17 +80,19 @@ def train(
     with _stop_signals() as stopped:
         while run.epoch < config.epochs:
             run.one_epoch(progress and accelerator.is_main_process, stopped)
-    if accelerator.is_main_process:
-        card = run.card(command or " ".join(["micelab", *sys.argv[1:]]), data_folder(folder))
+    if accelerator.is_main_process and getattr(run.model, "spec", None):
+        card = run.card(command or " ".join(["micelab", *sys.argv[1:]]))
         checkpoint.save(run.model, out / "model", card)
     accelerator.wait_for_everyone()
     return run.model.eval()
 
 
-class _Run:
-    """Model, optimizer and counters of one run, and how they are saved."""
+class Run:
+    """Model, optimizer and counters of one run, and how they are saved. Stage 2 (micelab.joint) is a kind of it."""
 
-    def __init__(self, config: TrainConfig, out: Path, data: ImageData, accelerator: Any):
+    help = "Lower --lr (now {config.lr}) or raise --theta (now {config.theta})"
+
+    def __init__(self, config: Any, out: Path, data: ImageData, accelerator: Any):
         self.config, self.out, self.data, self.accelerator = config, out, data, accelerator
         self.batches = training_batches(
             data.train,
@@ -140,21 +104,43 @@ class _Run:
             world=accelerator.num_processes,
             device=accelerator.device,
         )
-        self.model = config.build(data).to(accelerator.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-        self.wrapped = accelerator.prepare_model(self.model)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
+        self.optimizer = self.make_optimizer(_groups(self.model, config))
+        self.forward = self.make_forward()
         self.epoch, self.step, self.sums, self.seconds = 0, 0, [0.0, 0.0, 0.0], 0.0
 
-    def _groups(self) -> list[dict[str, Any]]:
-        config, named = self.config, list(self.model.named_parameters())
-        bounds = [p for name, p in named if name.endswith("log_theta")]
-        weights = [p for name, p in named if p.dim() > 1]
-        others = [p for name, p in named if p.dim() <= 1 and not name.endswith("log_theta")]
-        groups = [{"params": weights, "weight_decay": config.weight_decay, "scale": 1.0}]
-        groups += [{"params": others, "weight_decay": 0.0, "scale": 1.0}]
-        groups += [{"params": bounds, "weight_decay": 0.0, "scale": config.theta_lr}] if bounds else []
-        return groups
+    def make_model(self) -> nn.Module:
+        """The network to train."""
+        return self.config.build(self.data)
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer; each group carries its rate's `scale`."""
+        config = self.config
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+    def make_forward(self) -> Callable[..., Any]:
+        """What is called with images in training."""
+        wrapped = self.accelerator.prepare_model(self.model)
+        return torch.compile(wrapped) if self.config.compile else wrapped
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is minimized, logits) of a batch."""
+        with self.autocast():
+            logits = self.forward(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing), logits
+
+    def measure(self) -> dict[str, Any]:
+        """What is measured after every epoch, on the validation images; "validation_accuracy" among it."""
+        found: dict[str, Any] = {"validation_accuracy": accuracy(self.model, self.data.validation, self.accelerator.device)}
+        bounds = [m.theta.detach().mean().item() for m in self.model.modules() if isinstance(m, TrainableClip)]
+        if any(isinstance(module, NoisyQuantClip) for module in self.model.modules()):  # the next epoch trains with this noise
+            images = to_float(self.data.validation.images[:NOISE_IMAGES]).to(self.accelerator.device)
+            found["sigma"] = list(measure_noise(self.model, images).values())
+        return found | ({"theta": bounds} if bounds else {})
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the recipe asks for it."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def rate(self) -> float:
         """Learning rate of the coming step: linear warm-up, then a cosine to zero."""
@@ -193,9 +179,7 @@ class _Run:
         config, rate = self.config, self.rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.forward(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss, logits = self.loss(images, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         here = torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
@@ -205,8 +189,10 @@ class _Run:
             kept = f"the last good state is kept in {state}" if state.exists() else "no epoch was finished before"
             raise TrainingError(
                 f"the loss is {here[0]} in epoch {self.epoch + 1}, step {self.step + 1}: training has diverged; {kept}. "
-                f"Lower --lr (now {config.lr}) or raise --theta (now {config.theta})"
+                + self.help.format(config=config)
             )
+        if max_norm := getattr(config, "max_norm", None):
+            self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         self.optimizer.step()
         self.sums = [a + b for a, b in zip(self.sums, here, strict=True)]
         self.step += 1
@@ -223,11 +209,9 @@ class _Run:
             "epoch": self.epoch + 1,
             "loss": loss / seen,
             "train_accuracy": right / seen,
-            "validation_accuracy": accuracy(self.model, self.data.validation, self.accelerator.device),
             "lr": self.rate(),
         }
-        bounds = [m.theta.detach().mean().item() for m in self.model.modules() if isinstance(m, TrainableClip)]
-        line |= {"theta": bounds} if bounds else {}
+        line |= self.measure()
         line["seconds"] = round(self.seconds, 2)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         if self.accelerator.is_main_process:
@@ -251,9 +235,8 @@ class _Run:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
+            kept = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items() if isinstance(value, Tensor)}
         words = {"config": asdict(self.config)} | {name: getattr(self, name) for name in _COUNTERS}
         checkpoint.write_tensors(self.out / "state.safetensors", tensors, words)
 
@@ -263,19 +246,25 @@ class _Run:
             raise CheckpointError(f"{self.out} holds no run to resume: start it without --resume")
         tensors, words = checkpoint.read_tensors(path)
         was, now = words["config"], asdict(self.config)
+        now = json.loads(json.dumps(now))  # as it reads from a file
         differ = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in now if was.get(name) != now[name]]
         if differ:
             raise InputError(f"{self.out} was started with other options: {'; '.join(differ)}. Resume with the same ones")
         weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.load_weights(self.model, weights, path)
-        for name, parameter in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                momentum = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(tensors[f"momentum.{name}"])
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        parameters = dict(self.model.named_parameters())
+        for place, value in tensors.items():
+            if place.startswith("optimizer."):
+                _, key, name = place.split(".", 2)
+                like = parameters[name]
+                if value.shape == like.shape and key != "step":  # laid out in memory as the weights are
+                    value = torch.empty_like(like, memory_format=torch.preserve_format).copy_(value)
+                self.optimizer.state[like][key] = value
         for name in _COUNTERS:
             setattr(self, name, words[name])
 
-    def card(self, command: str, folder: Path) -> dict[str, Any]:
+    def card(self, command: str) -> dict[str, Any]:
+        """What goes beside the network: what it is, how it was made, what it reaches."""
         history = self.history()
         return {
             "network": models.describe(self.model.spec),
@@ -290,7 +279,29 @@ class _Run:
             "machine": machine(),
             "processes": self.accelerator.num_processes,
             "command": command,
+            "stages_before": _stages(self.config.start),
         }
+
+
+def _groups(model: nn.Module, config: Recipe) -> list[dict[str, Any]]:
+    """Parameters by what becomes of them: weights decay, batch-norm and biases do not, theta and v0 have their own rate."""
+    named = list(model.named_parameters())
+    bounds = [p for name, p in named if name.endswith(("log_theta", "v0_start"))]
+    weights = [p for _, p in named if p.dim() > 1]
+    others = [p for name, p in named if p.dim() <= 1 and not name.endswith(("log_theta", "v0_start"))]
+    groups = [{"params": weights, "weight_decay": config.weight_decay, "scale": 1.0}]
+    groups += [{"params": others, "weight_decay": 0.0, "scale": 1.0}]
+    groups += [{"params": bounds, "weight_decay": 0.0, "scale": config.theta_lr}] if bounds else []
+    return groups
+
+
+def _stages(start: str | None) -> list[dict[str, Any]]:
+    """What was trained before, first to last: recipe, command and hours of every run that led to the checkpoint `start`."""
+    if start is None:
+        return []
+    card = getattr(checkpoint.load(start), "card", {})
+    own = {key: card[key] for key in ("recipe", "command", "hours", "machine", "validation_accuracy") if key in card}
+    return [*card.get("stages_before", []), *([own] if own else [])]
 
 
 def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:

@@ -24,6 +24,8 @@ def refresh(path: Path) -> list[str]:
     for number, cell in enumerate(book.cells):
         cell["id"] = f"cell-{number:02d}"
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell["outputs"] = joined(cell.outputs)
     nbformat.write(book, path)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     wrong = [f"cell {cell.id} was not run" for cell in code if not cell.execution_count]
@@ -33,6 +35,17 @@ def refresh(path: Path) -> list[str]:
     if "FigureWidget({" in path.read_text():
         wrong.append("it stores a raw FigureWidget")
     return [f"{path.name}: {text}" for text in wrong]
+
+
+def joined(outputs: list) -> list:
+    """Printed lines that a kernel happened to send in several pieces, in one."""
+    whole = []
+    for output in outputs:
+        if whole and output.output_type == whole[-1].output_type == "stream" and output.name == whole[-1].name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def test_levels_that_are_no_positive_integer_are_refused(levels):
 
 
 def test_an_unknown_activation_is_answered_with_the_known_ones():
-    with pytest.raises(InputError, match=r"'gelu' is unknown: choose 'relu', 'clip' or 'quant_clip'"):
+    known = r"choose 'relu', 'clip', 'quant_clip', 'noisy_quant_clip', 'spike_clip'"
+    with pytest.raises(InputError, match=f"'gelu' is unknown: {known}"):
         make_activation("gelu")
 
 

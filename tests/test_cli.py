@@ -54,7 +54,7 @@ def test_evaluate_prints_json_with_its_circumstances_and_writes_the_same_to_a_fi
     words = json.loads(result.stdout[result.stdout.index("{") :])
     assert words["results"].keys() == {"qcfs", "max"}
     assert words["images"] == 60
-    assert words["machine"]
+    assert all(row["machine"] for row in words["results"].values())
     stored = json.loads(out.read_text())
     assert stored["results"]["qcfs"]["curve"]["time_steps"] == [1, 4]
     assert stored["results"]["qcfs"]["curve"]["accuracy"] == words["results"]["qcfs"]["curve"]["accuracy"]
@@ -67,6 +67,25 @@ def test_explain_names_every_layer_and_the_worst_one_in_words(checkpoint):
         assert name in result.output
     assert "What helps against" in result.output
     assert "validation" in result.output
+
+
+def test_a_network_is_trained_jointly_and_held_against_its_start_layer_by_layer(checkpoint, tmp_path):
+    words = ["--joint", "--time-steps", "1,2", "--start", checkpoint, "--epochs", 1, "--save", tmp_path / "joint"]
+    result = run("train", *words, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "spike_clip levels=2" in result.output
+    joint = tmp_path / "joint.safetensors"
+    result = run("explain", joint, "--before", checkpoint, "--time-steps", 2, "--images", 40, "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "Each layer at T = 2, qcfs -> mice" in result.output
+    assert result.output.count("->") > 7 * len(micelab.convert(micelab.load(joint), "mice").neurons)
+    result = run("evaluate", joint, "--time-steps", "1,2", "--limit", 30, "--explain-at", 2, "--out", tmp_path / "rows.json")
+    assert result.exit_code == 0, result.output
+    words = ["--time-steps", "1,2", "--limit", 30, "--explain-at", 2, "--out", tmp_path / "rows.json"]
+    result = run("evaluate", checkpoint, "--method", "qcfs", *words)
+    stored = json.loads((tmp_path / "rows.json").read_text())["results"]
+    assert stored.keys() == {"mice", "qcfs"}
+    assert all(row["command"] and row["machine"] for row in stored.values())
 
 
 def test_a_converted_network_is_saved_and_loaded_with_the_same_answers(checkpoint, tmp_path):
@@ -94,6 +113,10 @@ def test_data_says_what_is_in_it():
         (["evaluate", "no-such-network"], "no checkpoint is named 'no-such-network'"),
         (["data", "no-such-data"], "data set 'no-such-data' is unknown"),
         (["train", "--lr", "-1"], "--lr is -1.0"),
+        (["train", "--joint", "--time-steps", "4"], "name its checkpoint with --start"),
+        (["train", "--joint", "--levels", "4"], "--levels is for stage 1: leave out --joint"),
+        (["train", "--penalty", "1"], "--penalty is for joint training: add --joint"),
+        (["train", "--joint", "--start", "no-such-network"], "no checkpoint is named 'no-such-network'"),
         (["train", "--kind", "D", "--dataset", "digits", "--network", "resnet20"], "kind 'D'"),
         (["demo", "--time-steps", "1,x"], "--time-steps '1,x'"),
         (["demo", "--time-steps", "0,4"], "--time-steps '0,4'"),

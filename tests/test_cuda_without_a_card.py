@@ -12,7 +12,9 @@ from fake_cuda import backward, fake_cuda
 import micelab
 from micelab import neuron, triton_neuron
 from micelab.data import ImageData, Split
-from micelab.train import TrainConfig, _Run
+from micelab.joint import _JointRun
+from micelab.recipe import JointConfig
+from micelab.train import Run, TrainConfig
 
 CASES = {
     "qcfs": (micelab.resnet20, {}),
@@ -124,6 +126,9 @@ class OneDevice:
     def reduce(self, tensor, reduction):
         return tensor
 
+    def clip_grad_norm_(self, parameters, max_norm):
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
 
 def small_data():
     images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 2
@@ -148,7 +153,7 @@ def test_a_training_step_makes_its_batch_and_its_update_on_the_device(augment, t
     data, model = small_data(), network(micelab.resnet20 if augment == "none" else micelab.small_cnn)
     with fake_cuda() as waits, pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainConfig, "build", lambda *_: model)
-        run = _Run(config, tmp_path, data, OneDevice())
+        run = Run(config, tmp_path, data, OneDevice())
         (images, labels), *_ = run.batches.epoch(0)
         made = "cpu" if augment == "auto" else "cuda"
         assert images.device.type == labels.device.type == made
@@ -159,7 +164,18 @@ def test_a_training_step_makes_its_batch_and_its_update_on_the_device(augment, t
         assert [wait for wait in waits if wait != "copy to the device"] == ["read"]  # the loss, once a step: is it finite?
 
 
-# A joint training step belongs here, like the stage-1 step above: no device mismatch, one read a step.
+@pytest.mark.parametrize("options", [{}, {"distill": 1.0, "penalty": 0.1}], ids=["plain", "distillation and penalty"])
+def test_a_joint_training_step_runs_its_spikes_on_the_device(options, tmp_path):
+    config = JointConfig(epochs=1, batch_size=4, time_steps=(4,), **options)
+    data, model = small_data(), micelab.resnet20(num_classes=2, width=8, activation="quant_clip")
+    with fake_cuda() as waits:
+        run = _JointRun(config, tmp_path, data, OneDevice(), model=model.to("cuda"))
+        (images, labels), *_ = run.batches.epoch(0)
+        waits.clear()
+        run._one_step(images, labels)
+        assert run.step == 1
+        assert {parameter.grad.device.type for parameter in run.model.parameters()} == {"cuda"}
+        assert [wait for wait in waits if wait != "copy to the device"] == ["read"]  # the loss, once a step: is it finite?
 
 
 SETTINGS = """

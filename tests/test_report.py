@@ -9,7 +9,7 @@ import pytest
 import micelab
 from micelab import figures
 from micelab.checkpoint import CheckpointError
-from micelab.compare import compare, fitting
+from micelab.compare import compare, fitting, merged, rows
 from micelab.errors import KINDS
 from micelab.pictures import COLOURS, curve_and_errors
 from micelab.report import write_report
@@ -33,11 +33,58 @@ def test_each_method_takes_the_network_it_is_meant_for():
         "max": "relu",
         "percentile": "relu",
         "mse": "relu",
+        "calibrated": "relu",
         "tcl": "clip",
-        "qcfs": "quant_clip",
+        "half_start": "clip",
+        **dict.fromkeys(("qcfs", "signed", "srp", "cos", "step_bias", "accumulate"), "quant_clip"),
     }
-    assert set(fitting({"relu": nets["relu"]})) == {"max", "percentile", "mse"}
+    assert set(fitting({"relu": nets["relu"]})) == {"max", "percentile", "mse", "calibrated"}
     assert fitting({"quant_clip": nets["quant_clip"]})["tcl"] is nets["quant_clip"]
+    noisy = micelab.small_cnn(activation="noisy_quant_clip")
+    assert fitting(nets | {"noisy_quant_clip": noisy})["noise"] is noisy
+    assert fitting({"noisy_quant_clip": noisy}).keys() == micelab.methods.METHODS.keys() - {"mice"}
+    joint = micelab.small_cnn(activation="spike_clip", levels=4)
+    assert fitting(nets | {"spike_clip": joint})["mice"] is joint
+    assert set(fitting({"spike_clip": joint})) == {"mice"}
+
+
+def test_several_networks_of_one_kind_are_told_apart_by_the_row():
+    four, eight = (micelab.small_cnn(activation="spike_clip", levels=levels) for levels in (4, 8))
+    assert rows([four, eight]) == {"mice T=4": four, "mice T=8": eight}
+    coarse, fine = (micelab.small_cnn(activation="quant_clip", levels=levels) for levels in (2, 8))
+    named = rows([micelab.small_cnn(), coarse, fine, four])
+    assert {"max", "qcfs L=2", "qcfs L=8", "cos L=2", "mice"} <= named.keys()
+    assert named["qcfs L=2"] is coarse
+    with pytest.raises(micelab.MicelabError, match=r"two of the networks are small_cnn .*: evaluate them one after the other"):
+        rows([micelab.small_cnn(activation="quant_clip"), micelab.small_cnn(activation="quant_clip")])
+
+
+def test_stored_rows_are_kept_and_renewed_but_not_mixed_with_others(result):
+    old = result.to_dict()
+    new = {**old, "results": {"max": {"renewed": True}, "mice": {"added": True}}}
+    both = merged(old, new)["results"]
+    assert both["max"] == {"renewed": True}
+    assert both["mice"] == {"added": True}
+    assert both["qcfs"] == old["results"]["qcfs"]
+    with pytest.raises(micelab.MicelabError, match=r"measured otherwise .images 40 there, 50 now.: choose another --out"):
+        merged(old, {**new, "images": 50})
+
+
+def test_two_stages_of_a_network_stand_side_by_side(tmp_path):
+    data = micelab.load_data("digits")
+    nets = {"qcfs": micelab.small_cnn(activation="quant_clip"), "mice": micelab.small_cnn(activation="spike_clip", levels=4)}
+    found = compare(nets, data, time_steps=(1, 4), explain_at=4, limit=20, error_images=20, before="qcfs")
+    assert found.stages() == ("qcfs", "mice")
+    figure = figures.before_and_after(found.results["qcfs"].errors, found.results["mice"].errors, found.stages())
+    layers = found.results["mice"].errors.layers
+    bars = [trace for trace in figure.data if trace.type == "bar"]
+    assert [bar.name for bar in bars] == [*KINDS, *KINDS]
+    for bar, kind in zip(bars[4:], KINDS, strict=True):
+        assert list(bar.y) == pytest.approx([100 * getattr(layer, kind).rms / layer.signal for layer in layers.values()])
+        assert bar.marker.color == COLOURS[kind]
+    assert "before and after" in write_report(tmp_path / "page.html", found, "micelab explain").read_text()
+    with pytest.raises(micelab.MicelabError, match="of different layers"):
+        figures.before_and_after(replace(found.results["qcfs"].errors, layers={}), found.results["mice"].errors, ("a", "b"))
 
 
 def test_points_lost_and_the_curve_tell_the_same_story(result):
@@ -81,7 +128,7 @@ def test_the_page_loads_nothing_and_names_every_method_layer_and_circumstance(re
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
     for name, row in result.results.items():
-        assert f"<summary>{name}</summary>" in page
+        assert f"<summary>{name}" in page
         for layer in row.errors.layers:
             assert layer in page
     assert result.machine in page

@@ -1,36 +1,31 @@
-"""Interactive figures as pure functions: data in, plotly Figure out. Nothing below this module imports plotly.
-
-Every figure carries a sentence for those who cannot see it in `figure.layout.meta["alt"]`, made from its own numbers. The
-colours of `COLOURS` mean the kinds of error and nothing else, so methods, networks and spikes have others.
-"""
+"""Figures of a conversion's results: accuracy over time, errors of every layer, points lost, spike rates, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from math import ceil
+from math import log10
 
 from torch import Tensor
 
 from micelab import methods
 from micelab.errors import KINDS, ErrorTable
-from micelab.exceptions import InputError, MicelabError
+from micelab.exceptions import InputError
+from micelab.figures.style import (
+    METHOD_COLOURS,
+    METHOD_SYMBOLS,
+    NEUTRAL,
+    TOTAL,
+    cycle,
+    go,
+    labels,
+    layer_axis,
+    make_subplots,
+    styled,
+)
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
 from micelab.pictures import COLOURS, relative_errors
 
-try:
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-except ImportError as error:
-    raise MicelabError("figures need plotly: run `pip install micelab[figures]`") from error
-
-METHOD_COLOURS = ("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100")
-"""Lines of methods: Paul Tol's muted colours, safe for colour-blind readers, none of which means an error."""
-
-METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross", "star", "hexagon")
-TOTAL = "#333333"
-_NEUTRAL = "#7A8FA6"
-_LAYERS = "spiking layer, from input to output"
 _LOST = ("clipping", "quantization", "timing")
 
 
@@ -47,6 +42,7 @@ def accuracy_over_time(
     for number, curve in enumerate(curves):
         place = known.index(curve.method) if curve.method in known else len(known) + number
         hidden = f" ({curve.hidden_steps} hidden)" if curve.hidden_steps else ""
+        hidden = f" (upper bound, {curve.true_words} steps)" if curve.turns > 1 else hidden
         figure.add_scatter(
             x=list(curve.true_steps),
             y=[100 * a for a in curve.accuracy],
@@ -56,9 +52,10 @@ def accuracy_over_time(
             marker={"symbol": METHOD_SYMBOLS[place % len(METHOD_SYMBOLS)], "size": 9},
             hovertemplate="%{x} true steps: %{y:.2f} %",
         )
-    ticks = sorted({t for curve in curves for t in curve.true_steps})
+    usual = [curve for curve in curves if curve.turns == 1] or curves  # an upper bound may run out of the picture
+    ticks = sorted({t for curve in usual for t in curve.true_steps})
     anns = {"ANN": ann_accuracy} if isinstance(ann_accuracy, (int, float)) else dict(ann_accuracy or {})
-    for (name, value), dash in zip(anns.items(), _cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
+    for (name, value), dash in zip(anns.items(), cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
         figure.add_scatter(
             x=[ticks[0], ticks[-1]],
             y=[100 * value] * 2,
@@ -68,12 +65,16 @@ def accuracy_over_time(
             hovertemplate="%{y:.2f} %",
         )
     figure.update_xaxes(
-        type="log", tickvals=ticks, ticktext=[str(t) for t in ticks], title="true time-steps T (hidden ones counted)"
+        range=[log10(ticks[0]) - 0.05, log10(ticks[-1]) + 0.05] if len(usual) < len(curves) else None,
+        type="log",
+        tickvals=ticks,
+        ticktext=[str(t) for t in ticks],
+        title="true time-steps T (hidden ones counted)",
     )
     figure.update_yaxes(title="accuracy (%)", range=[0, 103])
     said = "; ".join(f"{c.method} {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)
     ann_said = "".join(f"; {name} {100 * value:.1f} %" for name, value in anns.items())
-    return _styled(figure, title or "Accuracy over time", f"Accuracy over time-steps: {said}{ann_said}.", 420)
+    return styled(figure, title or "Accuracy over time", f"Accuracy over time-steps: {said}{ann_said}.", 420)
 
 
 def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
@@ -84,7 +85,7 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
     """
     if not table.layers:
         raise InputError("the error table holds no layers: nothing to show")
-    figure, names = go.Figure(), _labels(table.layers)
+    figure, names = go.Figure(), labels(table.layers)
     hatch = ["/" if layer.trained_clip else "" for layer in table.layers.values()]
     for kind, values in relative_errors(table).items():
         figure.add_bar(
@@ -104,13 +105,91 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
         hovertemplate="%{x}, total: %{y:.1f} %<extra></extra>",
     )
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
-    _layer_axis(figure, names, "; hatched: the ANN clips as well" if any(hatch) else "")
+    layer_axis(figure, names, "; hatched: the ANN clips as well" if any(hatch) else "")
     figure.update_yaxes(title="error (rms, % of the signal)", rangemode="tozero")
     worst, errors = max(table.layers.items(), key=lambda item: item[1].relative)
     kind = max(KINDS, key=lambda k: getattr(errors, k).rms)
     alt = f"Errors of {len(names)} layers at T = {table.time_steps}: the total is largest in {worst}, "
     alt += f"{100 * errors.relative:.0f} % of its signal, and its largest term is {kind}."
-    return _styled(figure, title or f"Errors of every layer: {table.method}, T = {table.time_steps}", alt, 460)
+    return styled(figure, title or f"Errors of every layer: {table.method}, T = {table.time_steps}", alt, 460)
+
+
+def error_over_depth(
+    tables: Mapping[int, ErrorTable], time_steps: int, kind: str = "timing", title: str | None = None
+) -> go.Figure:
+    """One error term of every layer (rms in % of its signal), a line for each T; the one of `time_steps` is drawn strong."""
+    if time_steps not in tables or kind not in COLOURS:
+        raise InputError(
+            f"T = {time_steps} or {kind!r} is not there: T is one of {sorted(tables)}, the kind of {', '.join(KINDS)}"
+        )
+    figure, names = go.Figure(), labels(tables[time_steps].layers)
+    for number, (t, table) in enumerate(sorted(tables.items())):
+        strong = t == time_steps
+        figure.add_scatter(
+            x=names,
+            y=[100 * value for value in relative_errors(table)[kind]],
+            name=f"T = {t}",
+            mode="lines+markers",
+            opacity=1.0 if strong else 0.4,
+            line={"color": COLOURS[kind], "width": 3.5 if strong else 1.2},
+            marker={"symbol": METHOD_SYMBOLS[number % len(METHOD_SYMBOLS)], "size": 9 if strong else 6},
+            hovertemplate=f"%{{x}}, T = {t}: %{{y:.1f}} %<extra></extra>",
+        )
+    layer_axis(figure, names)
+    figure.update_yaxes(title=f"{kind} error (rms, % of the signal)", rangemode="tozero")
+    values = relative_errors(tables[time_steps])[kind]
+    alt = f"The {kind} error of {len(names)} layers at T = {time_steps}: {100 * values[0]:.0f} % of the signal in the first, "
+    alt += f"{100 * values[-1]:.0f} % in the last, at most {100 * max(values):.0f} %."
+    return styled(figure, title or f"{kind.capitalize()} error against depth, T = {time_steps} drawn strong", alt, 420)
+
+
+def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, str], title: str | None = None) -> go.Figure:
+    """The same layers' errors of two networks, one above the other on one scale: what a training took away, and where.
+
+    names: what the two are called, "qcfs" and "mice", say. Raises InputError where the layers are not the same.
+    """
+    if list(before.layers) != list(after.layers):
+        raise InputError("the two tables are of different layers: compare networks of one shape")
+    rows = [relative_errors(before), relative_errors(after)]
+    layers, totals = labels(before.layers), [[layer.relative for layer in t.layers.values()] for t in (before, after)]
+    heads = [f"{escape(name, quote=False)}, T = {t.time_steps}" for name, t in zip(names, (before, after), strict=True)]
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=heads)
+    for row, (values, total) in enumerate(zip(rows, totals, strict=True), start=1):
+        for kind in KINDS:
+            figure.add_bar(
+                x=layers,
+                y=[100 * v for v in values[kind]],
+                name=kind,
+                marker_color=COLOURS[kind],
+                showlegend=row == 1,
+                legendgroup=kind,
+                hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.add_scatter(
+            x=layers,
+            y=[100 * v for v in total],
+            name="total",
+            mode="lines+markers",
+            line={"color": TOTAL, "width": 1.5, "dash": "dot"},
+            showlegend=row == 1,
+            legendgroup="total",
+            hovertemplate="%{x}, total: %{y:.1f} %<extra></extra>",
+            row=row,
+            col=1,
+        )
+    top = 105 * max([*totals[0], *totals[1], *(v for values in rows for kind in KINDS for v in values[kind])], default=0.0)
+    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
+    layer_axis(figure, layers)
+    figure.update_xaxes(title=None, showticklabels=False, row=1, col=1)
+    figure.update_yaxes(title="error (rms, % of signal)", range=[0, top or 1])
+    means = [100 * sum(t) / len(t) for t in totals]
+    said = (
+        f"Errors of {len(layers)} layers at T = {after.time_steps}: mean total {means[0]:.0f} % of the signal with {names[0]}, "
+    )
+    figure = styled(figure, title or "Errors of every layer, before and after", said + f"{means[1]:.0f} % with {names[1]}.", 620)
+    return figure.update_layout(margin_t=95)
 
 
 def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Figure:
@@ -142,7 +221,7 @@ def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Fi
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=places, range=[-0.5, 4.5])
     said = ", ".join(f"{0.0 - round(100 * getattr(points, kind), 1):+.1f} by {kind}" for kind in _LOST)
     alt = f"From the ANN's {levels[0]:.1f} % to the SNN's {levels[-1]:.1f} % at T = {points.time_steps}, in points: {said}."
-    return _styled(figure, title or f"Where the points go at T = {points.time_steps}", alt, 380)
+    return styled(figure, title or f"Where the points go at T = {points.time_steps}", alt, 380)
 
 
 def _accuracy_mark(figure: go.Figure, name: str, level: float) -> None:
@@ -160,13 +239,13 @@ def spike_rates(energy: Energy, title: str | None = None) -> go.Figure:
     """Spikes per neuron and time-step, layer by layer."""
     if not energy.spike_rates:
         raise InputError("there are no spike rates to show: the network holds no spiking layer")
-    names, rates = _labels(energy.spike_rates), list(energy.spike_rates.values())
-    figure = go.Figure(go.Bar(x=names, y=rates, marker_color=_NEUTRAL, hovertemplate="%{x}: %{y:.3f}<extra></extra>"))
-    _layer_axis(figure, names)
+    names, rates = labels(energy.spike_rates), list(energy.spike_rates.values())
+    figure = go.Figure(go.Bar(x=names, y=rates, marker_color=NEUTRAL, hovertemplate="%{x}: %{y:.3f}<extra></extra>"))
+    layer_axis(figure, names)
     figure.update_yaxes(title="spikes per neuron and step", rangemode="tozero")
     busiest = max(energy.spike_rates, key=lambda name: energy.spike_rates[name])
     alt = f"Spike rates of {len(names)} layers, from {min(rates):.3f} to {max(rates):.3f} ({busiest}) spikes per neuron and step."
-    return _styled(figure, title or f"Spike rates, T = {energy.time_steps}", alt, 360)
+    return styled(figure, title or f"Spike rates, T = {energy.time_steps}", alt, 360)
 
 
 def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
@@ -181,48 +260,5 @@ def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.update_annotations(font_size=12)
-    figure = _styled(figure, "", f"{len(images)} images: {', '.join(captions)}.", 140)
+    figure = styled(figure, "", f"{len(images)} images: {', '.join(captions)}.", 140)
     return figure.update_layout(margin={"l": 5, "r": 5, "t": 30, "b": 5}, title=None)
-
-
-def _labels(names: Iterable[str]) -> list[str]:
-    """Layer names as plotly shows them: it reads a few HTML tags otherwise."""
-    return [escape(name, quote=False) for name in names]
-
-
-def _layer_axis(figure: go.Figure, names: list[str], note: str = "") -> None:
-    """Every layer by its name: "0" and "2" of a plain nn.Sequential are names too, not numbers."""
-    steep = -60 if len(names) > 12 else -40 if len(names) > 6 else 0
-    figure.update_xaxes(type="category", tickangle=steep, dtick=1, title=_LAYERS + note, automargin=True)
-    if len(names) > 12:
-        figure.update_xaxes(tickfont_size=11)
-
-
-def _cycle(values: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from values
-
-
-def _legend_rows(entries: Sequence[str], width: int = 580) -> int:
-    """How many rows the legend may take in a figure 700 pixels wide: plotly gives every entry the widest one's room."""
-    widths = [48 + 6.5 * len(entry) for entry in entries]
-    if len(entries) < 2 or sum(widths) <= width:
-        return int(len(entries) > 1)
-    return ceil(len(entries) / max(1, int(width // max(widths))))
-
-
-def _styled(figure: go.Figure, title: str, alt: str, height: int) -> go.Figure:
-    rows = _legend_rows([trace.name for trace in figure.data if trace.name])
-    figure.update_layout(
-        template="plotly_white",
-        title={"text": escape(title, quote=False), "x": 0.01, "y": 1, "yanchor": "top", "pad": {"t": 14}, "font": {"size": 17}},
-        font={"size": 13, "color": TOTAL},
-        height=height + 22 * max(0, rows - 1),
-        margin={"l": 70, "r": 20, "t": 50 + 22 * rows, "b": 60},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        meta={"alt": alt},
-    )
-    return figure
-
-
-assert tuple(COLOURS) == KINDS  # one colour for each term, in the order of the tables

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,10 @@ from torch import Tensor
 
 from micelab import figures, pictures
 from micelab.errors import ErrorTable
-from micelab.exceptions import InputError, MicelabError
+from micelab.exceptions import InputError
 from micelab.metrics import AccuracyCurve
-
-try:
-    import ipywidgets as widgets
-    import plotly.graph_objects as go
-except ImportError as error:
-    raise MicelabError("panels need ipywidgets and plotly: run `pip install micelab[course]`") from error
+from micelab.panels.image import as_png
+from micelab.panels.panel import bundle, go, widgets
 
 
 class TimePanel:
@@ -73,7 +68,7 @@ class TimePanel:
         t = self.value
         table = self.tables[t]
         with self.accuracy.batch_update():
-            self.accuracy.data[-1].update(x=[t + self.curve.hidden_steps], y=[100 * self.curve.at(t)])
+            self.accuracy.data[-1].update(x=[self.curve.true(t)], y=[100 * self.curve.at(t)])
         fresh = figures.error_bars(table)
         with self.errors.batch_update():
             for now, new in zip(self.errors.data, fresh.data, strict=True):
@@ -100,10 +95,7 @@ class TimePanel:
         return [bool(hit) for hit in self.predictions[self.value - 1] == self.labels]
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        bundle = self.view._repr_mimebundle_(**options) or {}
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        picture = base64.b64encode(self.png()).decode()
-        return data | {"image/png": picture, "text/plain": f"TimePanel: {self.sentence()}"}, metadata
+        return bundle(self.view, self.png(), f"TimePanel: {self.sentence()}", options)
 
     def png(self) -> bytes:
         """The panel as a still picture."""
@@ -115,18 +107,10 @@ def _strip(images: Tensor, captions: Sequence[str], right: Sequence[bool]) -> st
     cells = []
     for image, caption, good in zip(images, captions, right, strict=True):
         mark, colour = ("✓", "#007a5a") if good else ("✗", "#b34700")
-        source = base64.b64encode(_png_of(image)).decode()
+        source = base64.b64encode(as_png(image)).decode()
         cells.append(
             f'<figure style="display:inline-block;margin:2px 4px;text-align:center;font-size:12px;color:{colour}">'
             f'<img src="data:image/png;base64,{source}" width="64" height="64" style="image-rendering:pixelated" '
             f'alt="{caption}"><figcaption>{mark} {caption}</figcaption></figure>'
         )
     return "".join(cells)
-
-
-def _png_of(image: Tensor) -> bytes:
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    out = io.BytesIO()
-    to_pil_image(image.clamp(0, 1).cpu()).save(out, "PNG")
-    return out.getvalue()

@@ -1,0 +1,113 @@
+"""Every choice of a training run: what is common to both stages, and what each adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from micelab import checkpoint, models
+from micelab.augment import Augmentation
+from micelab.data import ImageData
+from micelab.exceptions import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What both stages share: data, schedule (linear warm-up, then a cosine to zero), seed, precision, where to start.
+
+    `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only.
+    """
+
+    dataset: str = "digits"
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    theta_lr: float = 0.1
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.0
+    augment: Augmentation = "standard"
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "fp32"
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, good in self.ranges().items():
+            if not good:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range")
+
+    def ranges(self) -> dict[str, bool]:
+        """Whether each option lies in its range."""
+        return {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "lr": 0 < self.lr < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "theta_lr": 0 <= self.theta_lr < math.inf,
+            "warmup_epochs": 0 <= self.warmup_epochs < math.inf,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "seed": self.seed >= 0,
+            "precision": self.precision in ("bf16", "fp32"),
+        }
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4."""
+
+    network: str = "small_cnn"
+    kind: models.Kind | None = None
+    width: int | None = None
+    activation: str = "quant_clip"
+    levels: int | None = 8
+    theta: float = 4.0
+    momentum: float = 0.9
+    compile: bool = False
+
+    def ranges(self) -> dict[str, bool]:
+        return super().ranges() | {"momentum": 0 <= self.momentum < 1}
+
+    def build(self, data: ImageData) -> models.ImageNetwork:
+        """The network to train, fitted to the data: weights drawn from `seed`, or those of the checkpoint `start`."""
+        spec: dict[str, Any] = {"name": self.network, "activation": self.activation, "levels": self.levels}
+        spec |= {"theta": self.theta, "num_classes": len(data.classes), "in_channels": data.shape[0]}
+        spec |= {"mean": list(data.mean), "std": list(data.std)}
+        spec |= {key: value for key in ("kind", "width") if (value := getattr(self, key)) is not None}
+        torch.manual_seed(self.seed)
+        model = models.build(spec)
+        if self.start is not None:
+            checkpoint.start_from(model, self.start)
+        return model
+
+
+@dataclass(frozen=True)
+class JointConfig(Recipe):
+    """Stage 2, from the checkpoint `start`: Adam, gradients clipped to norm `max_norm`, no weight decay.
+
+    time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
+    the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
+    potential penalty.
+    """
+
+    epochs: int = 10
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    theta_lr: float = 1.0
+    warmup_epochs: float = 0.1
+    time_steps: tuple[int, ...] = (8,)
+    distill: float = 0.0
+    teacher: str | None = None
+    penalty: float = 0.0
+    max_norm: float = 1.0
+
+    def ranges(self) -> dict[str, bool]:
+        steps = self.time_steps
+        return super().ranges() | {
+            "time_steps": bool(steps) and all(isinstance(t, int) and 1 <= t <= 256 for t in steps),
+            "distill": 0 <= self.distill < math.inf,
+            "penalty": 0 <= self.penalty < math.inf,
+            "max_norm": 0 < self.max_norm < math.inf,
+        }

@@ -1,0 +1,212 @@
+"""A still picture (PNG) of interactive figures, drawn from their own data, for where nothing interactive can be shown.
+
+Covers what `figures` draws: lines, markers, filled bands, bars, pictures and heat maps, in stacked axes, on category, linear or
+log scales. A picture takes a tenth of a second; a browser would take three.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from html import unescape
+from typing import Any
+
+from micelab.exceptions import MicelabError
+
+DPI = 80
+_DASHES = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
+_MARKS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "x": "X", "cross": "P"}
+_MARKS |= {"star": "*", "hexagon": "h", "circle-open": "o", "line-ns": "|", "line-ew": "_"}
+
+
+def still(figures: Sequence[Any], widths: Sequence[float] | None = None) -> bytes:
+    """PNG of plotly figures side by side; `widths`: their shares of the picture (default: equal)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MicelabError("pictures need matplotlib: run `pip install micelab[course]`") from error
+    height = max((figure.layout.height or 400) for figure in figures) / 90
+    picture = Figure(figsize=(5.6 * len(figures) + 1.2, height))
+    FigureCanvasAgg(picture)
+    parts = picture.subfigures(1, len(figures), width_ratios=widths, squeeze=False)[0]
+    for part, figure in zip(parts, figures, strict=True):
+        _draw(part, figure)
+    out = io.BytesIO()
+    picture.savefig(out, format="png", dpi=DPI)
+    return out.getvalue()
+
+
+class Still:
+    """A figure at rest, as a notebook stores it: a picture, and its sentence for those who cannot see it."""
+
+    def __init__(self, figures: Sequence[Any]):
+        self.figures = tuple(figures)
+
+    def __repr__(self) -> str:
+        return "Figure: " + " ".join((figure.layout.meta or {}).get("alt", "") for figure in self.figures)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"image/png": b64encode(still(self.figures)).decode(), "text/plain": repr(self)}
+
+
+def show(*figures: Any) -> Still:
+    """Figures side by side as the last value of a notebook cell; a bare one would vanish wherever no kernel runs."""
+    return Still(figures)
+
+
+def _draw(part: Any, figure: Any) -> None:
+    """One plotly figure into one part of the picture."""
+    axes: dict[tuple[str, str], Any] = {}
+    wide = part.bbox.width / DPI * part.figure.dpi / 100
+    legend = figure.layout.showlegend is not False and sum(bool(trace.name) for trace in figure.data) > 1
+    left, right, low, high = 0.85 / max(wide, 1), 0.97, 0.17, 0.8 if legend else 0.87
+    for trace in figure.data:
+        key = (getattr(trace, "xaxis", None) or "x", getattr(trace, "yaxis", None) or "y")
+        if key not in axes:
+            x, y = (figure.layout[_axis_name(name)] for name in key)
+            (x0, x1), (y0, y1) = x.domain or (0, 1), y.domain or (0, 1)
+            place = (left + x0 * (right - left), low + y0 * (high - low), (x1 - x0) * (right - left), (y1 - y0) * (high - low))
+            axes[key] = part.add_axes(place)
+        grouped = [bar for bar in figure.data if bar.type == "bar" and figure.layout.barmode == "group"]
+        _TRACES[trace.type](axes[key], trace, *([grouped.index(trace), len(grouped)] if trace in grouped else []))
+    for key, ax in axes.items():
+        _dress(ax, figure.layout[_axis_name(key[0])], figure.layout[_axis_name(key[1])])
+    first = next(iter(axes.values()))
+    for shape in figure.layout.shapes:
+        if shape.type == "line" and shape.yref == "paper" and shape.x0 == shape.x1:
+            first.axvline(shape.x0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"))
+    for note in figure.layout.annotations:
+        if note.yref == "paper" and note.text:
+            first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
+    part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
+    if legend:
+        _legend(part, axes, wide, [_plain(trace.name or "") for trace in figure.data])
+
+
+def _axis_name(short: str) -> str:
+    return f"{short[0]}axis{short[1:]}"
+
+
+def _legend(part: Any, axes: dict[tuple[str, str], Any], wide: float, order: Sequence[str]) -> None:
+    found = [pair for ax in axes.values() for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    found.sort(key=lambda pair: order.index(pair[1]) if pair[1] in order else 0)
+    if len(found) > 1:
+        handles, texts = zip(*found, strict=True)
+        room = max(1, int(wide * 13 / (max(map(len, texts)) + 5)))
+        place = {"loc": "upper left", "bbox_to_anchor": (0.02, 0.925)}
+        part.legend(handles, texts, frameon=False, fontsize=8, ncols=min(room, len(texts)), **place)
+
+
+def _scatter(ax: Any, trace: Any) -> None:
+    line, marker, mode = trace.line, trace.marker, trace.mode or "lines"
+    label = _plain(trace.name) if trace.name and trace.showlegend is not False else "_"
+    if trace.fill == "tonexty":
+        below = ax.micelab_previous
+        ax.fill_between(list(trace.x), list(below.y), list(trace.y), color=_rgba(trace.fillcolor), linewidth=0, label=label)
+    options: dict[str, Any] = {"alpha": trace.opacity, "label": label}
+    if "lines" in mode:
+        options |= {"color": line.color, "linewidth": 0 if line.width == 0 else (line.width or 2) * 0.8}
+        options |= {"linestyle": _DASHES.get(line.dash, "-"), "drawstyle": "steps-post" if line.shape == "hv" else "default"}
+    else:
+        options |= {"linestyle": "none", "color": marker.color or marker.line.color}
+    if "markers" in mode:
+        symbol = marker.symbol or "circle"
+        options |= {"marker": _MARKS.get(symbol, "o"), "markersize": (marker.size or 6) * 0.7}
+        if symbol.startswith("line") or symbol.endswith("open"):
+            options |= {"markeredgewidth": (marker.line.width or 2) * 0.8, "fillstyle": "none"}
+    if trace.fill != "tonexty" and not (mode == "lines" and line.width == 0):
+        ax.plot(_places(ax, trace.x), list(trace.y), **options)
+    ax.micelab_previous = trace
+
+
+def _bar(ax: Any, trace: Any, number: int = 0, of: int = 1) -> None:
+    """Bars, side by side with those of `of` traces in the same places."""
+    colour = trace.marker.color
+    label = _plain(trace.name) if trace.name and trace.showlegend is not False else "_"
+    hatches = trace.marker.pattern.shape
+    width = (trace.width or 0.8) / of
+    bars = ax.bar(
+        _places(ax, trace.x) if of == 1 else [place + (number - (of - 1) / 2) * width for place in _places(ax, trace.x)],
+        list(trace.y),
+        width,
+        bottom=0 if trace.base is None else list(trace.base),
+        color=list(colour) if isinstance(colour, (list, tuple)) else colour,
+        label=label,
+    )
+    for bar, hatch in zip(bars, hatches if isinstance(hatches, (list, tuple)) else [], strict=False):
+        bar.set(hatch="///" if hatch else None, edgecolor="white", linewidth=0)
+
+
+def _places(ax: Any, values: Any) -> list[Any]:
+    """Where values lie along x: names get places in the order in which they come."""
+    values = list(values)
+    if values and isinstance(values[0], str):
+        names = ax.__dict__.setdefault("micelab_names", {})
+        return [names.setdefault(value, len(names)) for value in values]
+    return values
+
+
+def _image(ax: Any, trace: Any) -> None:
+    ax.imshow(trace.z, interpolation="nearest")
+
+
+def _heatmap(ax: Any, trace: Any) -> None:
+    """A map of numbers, first row on top; what is None stays white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("micelab", [(float(place), colour) for place, colour in trace.colorscale])
+    rows = [[float("nan") if value is None else float(value) for value in row] for row in trace.z]
+    ax.imshow(rows, cmap=colours, vmin=trace.zmin, vmax=trace.zmax, interpolation="nearest")
+
+
+_TRACES = {"scatter": _scatter, "bar": _bar, "image": _image, "heatmap": _heatmap}
+
+
+def _dress(ax: Any, x: Any, y: Any) -> None:
+    """Titles, ranges, ticks and grid of one pair of axes."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.92")
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=9)
+    if y.type == "log":
+        ax.set_yscale("log")
+    if x.type == "log":
+        ax.set_xscale("log")
+    for axis, set_range, set_ticks in ((x, ax.set_xlim, ax.set_xticks), (y, ax.set_ylim, ax.set_yticks)):
+        if axis.range is not None and axis.type != "category":
+            set_range(*(10**end for end in axis.range) if axis.type == "log" else axis.range)
+        if axis.tickvals is not None:
+            set_ticks(list(axis.tickvals), [_plain(str(text)) for text in (axis.ticktext or axis.tickvals)])
+            ax.minorticks_off()
+    names = getattr(ax, "micelab_names", {})
+    if names:
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 7} if len(names) > 6 else {"fontsize": 9}
+        ax.set_xticks(range(len(names)), [_plain(name) for name in names], **turned)
+    if y.showticklabels is False:
+        ax.set_yticks([])
+    if x.showticklabels is False:
+        ax.tick_params(axis="x", labelbottom=False)
+    if x.matches and not x.title.text:
+        ax.tick_params(axis="x", labelbottom=False)
+    ax.set_xlabel(_plain(x.title.text or ""), fontsize=10)
+    ax.set_ylabel(_plain(y.title.text or ""), fontsize=10)
+    if x.visible is False:
+        ax.set_axis_off()
+
+
+def _plain(text: str) -> str:
+    """Text without plotly's tags."""
+    return unescape(re.sub(r"<[^>]*>", "", text))
+
+
+def _rgba(colour: str) -> tuple[float, ...]:
+    """ "rgba(r,g,b,a)" as matplotlib writes it.
+
+    >>> _rgba("rgba(255,0,0,0.5)")
+    (1.0, 0.0, 0.0, 0.5)
+    """
+    *rgb, alpha = (float(part) for part in colour[colour.index("(") + 1 : -1].split(","))
+    return (*(part / 255 for part in rgb), alpha)

@@ -1,0 +1,111 @@
+"""JupyterLab in a real browser: starts both, opens a notebook, and keeps what the page logs and asks for."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+CHROMIUM = os.environ.get("MICELAB_CHROMIUM", "/usr/bin/chromium")
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+TOKEN = "micelab"
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none", "recordTiming": false}',
+    "apputils-extension/notification.jupyterlab-settings": '{"fetchNews": "false", "checkForUpdates": false}',
+}
+
+
+@contextmanager
+def jupyter(folder):
+    """The address of a JupyterLab that serves the repository and keeps its own files in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, text in SETTINGS.items():
+        file = folder / "settings" / "@jupyterlab" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    paths = {name: str(folder / place) for name, place in own.items()}
+    environment = os.environ | paths | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --expose-app-in-browser --ServerApp.allow_root=True"
+    command += f" --IdentityProvider.token={TOKEN} --ServerApp.root_dir={ROOT}"
+    with (folder / "log.txt").open("wb") as log:
+        server = subprocess.Popen([sys.executable, *command.split()], env=environment, stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=2).read()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        else:
+            raise RuntimeError((folder / "log.txt").read_text())
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+class Page:
+    """One notebook open in a browser; `errors` of its console and `strays`, requests that left the machine."""
+
+    def __init__(self, browser, address, notebook, width=1100):
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.errors, self.strays = [], []
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", self._asked)
+        self.page.goto(f"{address}/lab/tree/{notebook}?token={TOKEN}&reset", wait_until="domcontentloaded")
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+        self.page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
+        self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+
+    def _asked(self, request):
+        if not re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", request.url):
+            self.strays.append(request.url)
+
+    def run_all(self, timeout=240_000):
+        """Runs every cell; returns once all are done."""
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_function(
+            "() => { const marks = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);"
+            " return marks.length && marks.every(mark => /\\[\\d+\\]/.test(mark)); }",
+            timeout=timeout,
+        )
+        failed = self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+        assert failed.count() == 0, failed.first.text_content()
+
+    def curves(self):
+        """The numbers of every trace of every figure on the page, as plotly holds them."""
+        return self.page.evaluate(
+            "() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullData.map("
+            "trace => ({x: Array.from(trace.x || []), y: Array.from(trace.y || [])})))"
+        )
+
+    def drawn(self):
+        """The lines of every figure on the page, as they are drawn."""
+        return self.page.evaluate(
+            "() => [...document.querySelectorAll('.js-plotly-plot .trace path, .js-plotly-plot .points path')].map("
+            "path => path.getAttribute('d'))"
+        )
+
+    def close(self):
+        self.page.close()
