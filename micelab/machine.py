@@ -48,7 +48,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    cudnn: Any = torch.backends.cudnn
+    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

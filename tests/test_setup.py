@@ -52,6 +52,11 @@ def test_the_tests_have_all_that_the_course_has():
     assert everything_in("figures") <= everything_in("course") <= everything_in("test")
 
 
+def test_every_folder_of_the_package_is_installed():
+    folders = {f"micelab.{file.parent.name}" for file in (ROOT / "micelab").glob("*/__init__.py")}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {"micelab"} | folders
+
+
 def test_the_version_is_one():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == micelab.__version__
