@@ -125,7 +125,7 @@ class ErrorTable:
     @classmethod
     def from_dict(cls, words: dict[str, Any]) -> ErrorTable:
         """The table that `to_dict` gave."""
-        terms: dict[str, Any] = {kind: Term for kind in (*KINDS, "total")}
+        terms: dict[str, Any] = dict.fromkeys((*KINDS, "total"), Term)
         layers: dict[str, Any] = {}
         for name, layer in words["layers"].items():
             fields: dict[str, Any] = {key: terms[key](**value) if key in terms else value for key, value in layer.items()}
