@@ -11,10 +11,14 @@ from typing import Any, Literal
 import torch
 
 
-def default_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
-    """What to train in: "bf16" where the machine multiplies it natively (AVX-512 BF16, AMX, CUDA from Ampere on), else "fp32"."""
+def default_precision(device: str | None = None) -> Literal["bf16", "fp32"]:
+    """What to train in on `device` (default: the GPU if there is one): "bf16" where that is native, else "fp32".
+
+    It is native on CUDA from Ampere on, and on processors with AVX-512 BF16 or AMX.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 

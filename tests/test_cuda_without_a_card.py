@@ -13,6 +13,7 @@ import micelab
 from micelab import neuron, triton_neuron
 from micelab.data import ImageData, Split
 from micelab.joint import _JointRun
+from micelab.machine import default_precision
 from micelab.recipe import JointConfig
 from micelab.train import Run, TrainConfig
 
@@ -218,3 +219,10 @@ def test_the_loop_takes_over_on_the_device_where_the_kernel_cannot_run(monkeypat
         current = torch.rand(4, 2, 3, device="cuda")
         _, residual = neuron.fire(current, torch.tensor(1.0, device="cuda"), 0.5, True, torch.empty_like(current))
         assert residual.device.type == "cuda"
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_training_is_in_the_precision_of_the_card_where_there_is_one(native, precision, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert default_precision() == precision
