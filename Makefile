@@ -9,7 +9,7 @@ export MICELAB_DATA := $(DATA)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help lab test demo notebooks gpu lint clean
+.PHONY: help lab test demo notebooks site gpu lint clean
 .SECONDARY:
 .DEFAULT_GOAL := help
 
@@ -21,7 +21,7 @@ lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab
 	$(BIN)/python -m jupyter lab notebooks
 
 test: lint  ## Set up, then check style and types, run all tests and re-run every notebook
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests micelab
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests micelab
 ifneq ($(NOTEBOOKS),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
 		--nbval-cell-timeout=300 notebooks
@@ -32,6 +32,9 @@ demo: .venv/with-figures  ## Set up, then train, convert, simulate and explain a
 
 notebooks: .venv/with-test  ## Set up, then re-run every notebook from a fresh kernel and store its outputs
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py
+
+site: .venv/with-site  ## Set up, then make the course into web pages: open build/site/index.html
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html --conf-dir docs --doctree-dir build/site-cache . build/site
 
 gpu: .venv/with-bench  ## Set up, then check and time everything on an NVIDIA card (a try without one: DEVICE=cpu SMALL=1)
 	$(BIN)/python benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(SMALL),--small) $(if $(MINUTES),--minutes $(MINUTES))

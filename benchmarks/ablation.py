@@ -49,6 +49,7 @@ def measure(ann: Any, method: str, signed: bool, data: Any, time_steps: int, ima
     snn = micelab.convert(ann, method, signed=signed)
     curve = micelab.accuracy_curve(snn, data.validation.batches(), (1, 2, 4, 8, 16))
     table = micelab.error_breakdown(ann, snn, to_float(data.validation.images[:images]), time_steps)
+    points = micelab.lost_points(ann, snn, data.validation.batches(), time_steps, curve.at(time_steps))
     layers = list(table.layers.values())
     shares = {kind: sum(getattr(row, kind).rms / row.signal for row in layers) / len(layers) for kind in (*KINDS, "total")}
     shares |= {name: sum(getattr(row, name) for row in layers) / len(layers) for name in ("over_firing", "under_firing")}
@@ -57,6 +58,7 @@ def measure(ann: Any, method: str, signed: bool, data: Any, time_steps: int, ima
         "accuracy_by_time_steps": dict(zip(map(str, curve.time_steps), curve.accuracy, strict=True)),
         "ann_accuracy": micelab.train.accuracy(ann, data.validation),
         "errors": shares,
+        "points_lost": {kind: getattr(points, kind) for kind in ("clipping", "quantization", "timing")},
         "last_layer": asdict(layers[-1]),
     }
 

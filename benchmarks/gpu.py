@@ -139,11 +139,10 @@ def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) 
 def measured(run: Callable[[Tensor], Tensor], images: Tensor, rounds: int) -> dict[str, Any]:
     """Images per second (median, lowest, highest of `rounds`, after one run to warm up) and peak memory in MB (CUDA only)."""
     run(images)
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    wait, speeds = (torch.cuda.synchronize if images.is_cuda else lambda: None), []
     wait()
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    speeds = []
     for _ in range(rounds):
         started = time.perf_counter()
         run(images)
@@ -280,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     count, rounds = options.images or (32 if small else 10_000), options.rounds or (1 if small else 5)
     images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
-    results: dict[str, Any] = {"machine": machine(), "command": command, "time_steps": options.time_steps, "small": small}
+    results = {"machine": machine(), "command": command, "time_steps": options.time_steps, "small": small}
     results |= {"neurons": neurons_alike(device, small), "networks": {}, "training": {}}
     for title, snn in networks(small).items():
         print(f"{title} ...", flush=True)

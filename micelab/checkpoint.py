@@ -93,7 +93,7 @@ def start_from(model: nn.Module, name: str | Path) -> None:
     path = find(name)
     tensors, _ = read_tensors(path)
     own = model.state_dict()
-    of_activations = ("log_theta", ".sigma")
+    of_activations = (".log_theta", ".sigma", ".v0_start")
     bounds = {key: value for key, value in own.items() if key.endswith(of_activations) and key not in tensors}
     weights = {key: value for key, value in tensors.items() if key in own or not key.endswith(of_activations)}
     load_weights(model, weights | bounds, path)

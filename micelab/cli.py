@@ -211,12 +211,15 @@ def evaluate(
     calibration_images: CalibrationOption = 256,
     out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
     report: ReportOption = None,
-    picture: Annotated[Path | None, typer.Option(help="Also write a PNG: accuracy over time, errors of the best method.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also write a PNG: accuracy over time of all rows, errors of the best.")
+    ] = None,
     data: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
-    from micelab.compare import compare, merged
+    from micelab.checkpoint import write_whole
+    from micelab.compare import compare, drawable, merged
     from micelab.data import load_data
 
     if split not in ("train", "validation", "test"):
@@ -235,17 +238,13 @@ def evaluate(
         progress=True,
         command=_command(),
     )
+    whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
     if out is not None:
-        from micelab.checkpoint import write_whole
-
-        whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
         write_whole(out, (json.dumps(whole, indent=1) + "\n").encode())
     if picture is not None:
-        from micelab.checkpoint import write_whole
         from micelab.pictures import curve_and_errors
 
-        best = result.best()
-        write_whole(picture, curve_and_errors([row.curve for row in result.results.values()], best.errors, best.ann_accuracy))
+        write_whole(picture, curve_and_errors(*drawable(whole)))
     _show(result, report, as_json)
 
 

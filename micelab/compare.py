@@ -204,3 +204,17 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if differ:
         raise InputError(f"the results stored there were measured otherwise ({'; '.join(differ)}): choose another --out")
     return {**new, "results": {**old["results"], **new["results"]}}
+
+
+def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable, float]:
+    """Of stored results (`to_dict`, `merged`): every row's curve, the errors of the best row, and its ANN's accuracy.
+
+    The best is the most accurate within as many true steps as the T of the error tables.
+    """
+    rows = list(stored["results"].values())
+    curves = []
+    for row in rows:
+        words = {key: value for key, value in row["curve"].items() if key != "true_steps"}
+        curves.append(AccuracyCurve(**words | {key: tuple(words[key]) for key in ("time_steps", "accuracy")}))
+    best = max(range(len(rows)), key=lambda number: curves[number].within(stored["errors_at_time_steps"]) or 0.0)
+    return curves, ErrorTable.from_dict(rows[best]["errors"]), rows[best]["ann_accuracy"]

@@ -122,6 +122,16 @@ class ErrorTable:
         """Everything as plain numbers and names."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, words: dict[str, Any]) -> ErrorTable:
+        """The table that `to_dict` gave."""
+        terms: dict[str, Any] = dict.fromkeys((*KINDS, "total"), Term)
+        layers: dict[str, Any] = {}
+        for name, layer in words["layers"].items():
+            fields: dict[str, Any] = {key: terms[key](**value) if key in terms else value for key, value in layer.items()}
+            layers[name] = LayerErrors(**fields)
+        return cls(**words | {"layers": layers})
+
 
 def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterable[Any], time_steps: int = 8) -> ErrorTable:
     """The four error terms of every layer of `snn` against `ann`, for images [N, C, H, W] in [0, 1] or batches of them.

@@ -11,10 +11,14 @@ from typing import Any, Literal
 import torch
 
 
-def default_precision(device: str = "cpu") -> Literal["bf16", "fp32"]:
-    """What to train in: "bf16" where the machine multiplies it natively (AVX-512 BF16, AMX, CUDA from Ampere on), else "fp32"."""
+def default_precision(device: str | None = None) -> Literal["bf16", "fp32"]:
+    """What to train in on `device` (default: the GPU if there is one): "bf16" where that is native, else "fp32".
+
+    It is native on CUDA from Ampere on, and on processors with AVX-512 BF16 or AMX.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
@@ -27,19 +31,37 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    name: str = "allow_tf32"
-    value: Any = False
-    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9 and later; the older name may not be mixed with it
-        backends[0], name, value = torch.backends.cudnn.conv, "fp32_precision", "ieee"
-    before = [getattr(backend, name) for backend in backends]
+    try:
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller uses the settings of torch 2.9 and later, which may not be mixed with the older ones
+        with _ieee():
+            yield
+        return
+    try:
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = False
+        if products != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = True
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            setattr(backend, name, value)
+            backend.fp32_precision = "ieee"
         yield
     finally:
         for backend, was in zip(backends, before, strict=True):
-            setattr(backend, name, was)
+            backend.fp32_precision = was
 
 
 def machine() -> str:

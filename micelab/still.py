@@ -60,9 +60,8 @@ def show(*figures: Any) -> Still:
 def _draw(part: Any, figure: Any) -> None:
     """One plotly figure into one part of the picture."""
     axes: dict[tuple[str, str], Any] = {}
-    wide = part.bbox.width / DPI * part.figure.dpi / 100
-    legend = figure.layout.showlegend is not False and sum(bool(trace.name) for trace in figure.data) > 1
-    left, right, low, high = 0.85 / max(wide, 1), 0.97, 0.17, 0.8 if legend else 0.87
+    wide = part.bbox.width / part.figure.dpi  # inches
+    left, right, low, high = _room(figure, wide)
     for trace in figure.data:
         key = (getattr(trace, "xaxis", None) or "x", getattr(trace, "yaxis", None) or "y")
         if key not in axes:
@@ -82,8 +81,20 @@ def _draw(part: Any, figure: Any) -> None:
         if note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
-    if legend:
+    if _has_legend(figure):
         _legend(part, axes, wide, [_plain(trace.name or "") for trace in figure.data])
+
+
+def _room(figure: Any, wide: float) -> tuple[float, float, float, float]:
+    """Left, right, lower and upper end of the axes, as shares: room for title, legend, and names that stand aslant."""
+    names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
+    aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if isinstance(x[0], str))
+    left = 0.0098 * (figure.layout.margin.l or 70) / wide
+    return left, 0.97, 0.27 if aslant else 0.17, 0.8 if _has_legend(figure) else 0.87
+
+
+def _has_legend(figure: Any) -> bool:
+    return figure.layout.showlegend is not False and sum(bool(trace.name) for trace in figure.data) > 1
 
 
 def _axis_name(short: str) -> str:
@@ -95,7 +106,7 @@ def _legend(part: Any, axes: dict[tuple[str, str], Any], wide: float, order: Seq
     found.sort(key=lambda pair: order.index(pair[1]) if pair[1] in order else 0)
     if len(found) > 1:
         handles, texts = zip(*found, strict=True)
-        room = max(1, int(wide * 13 / (max(map(len, texts)) + 5)))
+        room = max(1, int(wide * 16 / (max(map(len, texts)) + 5)))
         place = {"loc": "upper left", "bbox_to_anchor": (0.02, 0.925)}
         part.legend(handles, texts, frameon=False, fontsize=8, ncols=min(room, len(texts)), **place)
 
@@ -183,7 +194,8 @@ def _dress(ax: Any, x: Any, y: Any) -> None:
             ax.minorticks_off()
     names = getattr(ax, "micelab_names", {})
     if names:
-        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 7} if len(names) > 6 else {"fontsize": 9}
+        aslant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 7}
+        turned = aslant if len(names) > 6 and len(next(iter(names))) > 2 else {"fontsize": 9}
         ax.set_xticks(range(len(names)), [_plain(name) for name in names], **turned)
     if y.showticklabels is False:
         ax.set_yticks([])

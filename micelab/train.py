@@ -279,6 +279,7 @@ class Run:
             "machine": machine(),
             "processes": self.accelerator.num_processes,
             "command": command,
+            "stages_before": _stages(self.config.start),
         }
 
 
@@ -292,6 +293,15 @@ def _groups(model: nn.Module, config: Recipe) -> list[dict[str, Any]]:
     groups += [{"params": others, "weight_decay": 0.0, "scale": 1.0}]
     groups += [{"params": bounds, "weight_decay": 0.0, "scale": config.theta_lr}] if bounds else []
     return groups
+
+
+def _stages(start: str | None) -> list[dict[str, Any]]:
+    """What was trained before, first to last: recipe, command and hours of every run that led to the checkpoint `start`."""
+    if start is None:
+        return []
+    card = getattr(checkpoint.load(start), "card", {})
+    own = {key: card[key] for key in ("recipe", "command", "hours", "machine", "validation_accuracy") if key in card}
+    return [*card.get("stages_before", []), *([own] if own else [])]
 
 
 def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:

@@ -140,6 +140,8 @@ def fire(
         what = "theta*s is a real number" if amplitude else "a signed neuron also sends -1"
         raise InputError(f"spikes are to be written as {out.dtype}, but {what}: use {'a floating type' if amplitude else 'int8'}")
     room = out if _is_dense(out[0]) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    if room[0].numel() >= 2**31:
+        raise InputError(f"one step has {room[0].numel():,} neurons, and the kernel counts to 2^31: give a smaller chunk")
     theta = over_channels(theta, current, channel_dim=2)
     if isinstance(v0, Tensor) and v0.dim() > 1:
         start = torch.empty_like(room[0], dtype=current.dtype).copy_(v0 * theta)

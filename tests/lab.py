@@ -107,5 +107,9 @@ class Page:
             "path => path.getAttribute('d'))"
         )
 
+    def numbers(self):
+        """The words and numbers beside the panels' figures."""
+        return " ".join(self.page.locator(".jupyter-widgets.widget-htmlmath").all_text_contents())
+
     def close(self):
         self.page.close()

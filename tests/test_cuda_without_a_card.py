@@ -1,6 +1,8 @@
 """Conversion, simulation, errors, accuracy and training on a CUDA device that computes nothing (fake_cuda.py): every tensor
 is on the right device, and inside a simulation the host never waits for the device."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -11,7 +13,7 @@ import micelab
 from micelab import neuron, triton_neuron
 from micelab.data import ImageData, Split
 from micelab.joint import _JointRun
-from micelab.machine import full_precision
+from micelab.machine import default_precision
 from micelab.recipe import JointConfig
 from micelab.train import Run, TrainConfig
 
@@ -177,15 +179,37 @@ def test_a_joint_training_step_runs_its_spikes_on_the_device(options, tmp_path):
         assert [wait for wait in waits if wait != "copy to the device"] == ["read"]  # the loss, once a step: is it finite?
 
 
-def test_convolutions_on_cuda_are_set_to_full_fp32_and_set_back():
-    conv = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
-    name = "fp32_precision" if conv is not torch.backends.cudnn else "allow_tf32"
-    before = getattr(conv, name)
-    with full_precision(torch.device("cuda")):
-        assert getattr(conv, name) in ("ieee", False)
-    assert getattr(conv, name) == before
+SETTINGS = """
+import warnings
+warnings.simplefilter("error")
+import torch
+from micelab.machine import full_precision
+
+def check(*more):
+    seen = lambda: [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, *[f() for f in more]]
+    before = seen()
     with full_precision(torch.device("cpu")):
-        assert getattr(conv, name) == before
+        assert seen() == before
+    with full_precision(torch.device("cuda")):
+        assert not {"tf32", "bf16", True} & set(seen()), seen()
+    assert seen() == before
+
+older = torch._C._get_cudnn_allow_tf32, torch._C._get_cublas_allow_tf32
+check(*older)
+torch.set_float32_matmul_precision("high")
+check(*older)
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # from here on the older settings cannot be read
+check()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+check()
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has the older settings only")
+def test_convolutions_and_products_on_cuda_are_set_to_full_fp32_and_set_back():
+    """In a process of its own: the settings hold for all of it, and torch forbids to mix older and newer ones."""
+    ran = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_loop_takes_over_on_the_device_where_the_kernel_cannot_run(monkeypatch):
@@ -195,3 +219,10 @@ def test_the_loop_takes_over_on_the_device_where_the_kernel_cannot_run(monkeypat
         current = torch.rand(4, 2, 3, device="cuda")
         _, residual = neuron.fire(current, torch.tensor(1.0, device="cuda"), 0.5, True, torch.empty_like(current))
         assert residual.device.type == "cuda"
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_training_is_in_the_precision_of_the_card_where_there_is_one(native, precision, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert default_precision() == precision

@@ -17,7 +17,8 @@ from micelab import checkpoint, joint
 from micelab.activation import QuantClip, SpikeClip, straight_through
 from micelab.data import Split, load_data
 from micelab.exceptions import ConversionError, InputError, TrainingError
-from micelab.joint import SpikesInTheLoop, prepare, residual_penalty
+from micelab.joint import prepare
+from micelab.loop import SpikesInTheLoop, residual_penalty
 from micelab.recipe import JointConfig, TrainConfig
 from micelab.train import Run
 

@@ -9,7 +9,7 @@ import pytest
 import micelab
 from micelab import figures
 from micelab.checkpoint import CheckpointError
-from micelab.compare import compare, fitting, merged, rows
+from micelab.compare import compare, drawable, fitting, merged, rows
 from micelab.errors import KINDS
 from micelab.pictures import COLOURS, curve_and_errors
 from micelab.report import write_report
@@ -68,6 +68,16 @@ def test_stored_rows_are_kept_and_renewed_but_not_mixed_with_others(result):
     assert both["qcfs"] == old["results"]["qcfs"]
     with pytest.raises(micelab.MicelabError, match=r"measured otherwise .images 40 there, 50 now.: choose another --out"):
         merged(old, {**new, "images": 50})
+
+
+def test_stored_rows_can_be_drawn_again_as_they_were(result):
+    stored = json.loads(json.dumps(result.to_dict()))
+    curves, errors, ann = drawable(stored)
+    assert curves == [row.curve for row in result.results.values()]
+    assert errors in [row.errors for row in result.results.values()]
+    assert errors.method == result.best().curve.method
+    assert ann == result.best().ann_accuracy
+    assert curve_and_errors(curves, errors, ann).startswith(b"\x89PNG")
 
 
 def test_two_stages_of_a_network_stand_side_by_side(tmp_path):

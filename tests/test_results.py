@@ -26,7 +26,7 @@ def cifar10():
 def test_a_shipped_card_tells_recipe_seed_machine_accuracies_and_command(name):
     card = micelab.load(name, CHECKPOINTS).card
     assert card == json.loads((CHECKPOINTS / f"{name}.json").read_text())
-    assert card["recipe"]["epochs"] >= 60
+    assert sum(stage["recipe"]["epochs"] for stage in [card, *card.get("stages_before", [])]) >= 60
     assert {"seed", "lr", "augment", "precision"} <= card["recipe"].keys()
     assert card["machine"]
     assert card["command"].startswith("micelab train --dataset cifar10")
@@ -77,3 +77,14 @@ def test_the_readme_shows_the_stored_results_digit_for_digit():
         cells = " | ".join(f"{100 * number:.2f}" for number in numbers)
         line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
         assert cells in line
+
+
+def test_the_ablation_in_the_docs_is_the_stored_one_digit_for_digit():
+    stored = json.loads((ROOT / "data" / "results" / "ablation-digits-t2.json").read_text())
+    page = (ROOT / "docs" / "method.md").read_text()
+    assert stored["command"] in page
+    shown = ("timing", "quantization", "clipping", "inherited", "total", "over_firing", "under_firing")
+    for name, row in stored["rows"].items():
+        numbers = [row["accuracy"], *(row["errors"][kind] for kind in shown)]
+        cells = [f"{100 * number:.1f}" for number in numbers] + [f"{100 * row['points_lost']['timing']:+.1f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in page

@@ -44,12 +44,17 @@ def test_conda_and_the_package_ask_for_the_same_python():
 
 def test_every_extra_that_make_installs_is_in_pyproject():
     named = set(re.findall(r"\.venv/with-(\w+)", MAKEFILE))
-    assert named == {"course", "test", "figures", "bench"}
+    assert named == {"course", "test", "figures", "bench", "site"}
     assert named <= EXTRAS.keys()
 
 
 def test_the_tests_have_all_that_the_course_has():
-    assert everything_in("figures") <= everything_in("course") <= everything_in("test")
+    assert everything_in("figures") <= everything_in("panels") <= everything_in("course") <= everything_in("test")
+
+
+def test_every_folder_of_the_package_is_installed():
+    folders = {f"micelab.{file.parent.name}" for file in (ROOT / "micelab").glob("*/__init__.py")}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {"micelab"} | folders
 
 
 def test_the_version_is_one():

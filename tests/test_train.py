@@ -303,9 +303,35 @@ def test_training_goes_on_from_a_checkpoint_whose_activation_may_be_another(tmp_
     for name, tensor in first.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert all(torch.isclose(m.theta, torch.tensor(3.0)) for m in model.modules() if hasattr(m, "log_theta"))
+    staircase = TrainConfig(activation="spike_clip", theta=3.0, start=start).build(data)
+    assert all(m.v0.item() == 0.5 for m in staircase.modules() if hasattr(m, "v0_start"))
     back = tmp_path / "quantized"
     checkpoint.save(model, back)
     assert torch.equal(TrainConfig(activation="relu", start=str(back)).build(data).head.weight, first.head.weight)
+
+
+def test_noise_training_measures_its_noise_after_every_epoch_and_resumes_with_it(tmp_path, digits):
+    config = TrainConfig(**SMALL | {"activation": "noisy_quant_clip", "epochs": 2})
+    net = train.train(config, tmp_path, digits)
+    lines = history(tmp_path)
+    for line in lines:
+        first, *others = line["sigma"]
+        assert first == 0  # T = levels = 4, and a constant current: what the layer says is what it was trained to say
+        assert len(others) == 3
+        assert min(others) > 0
+    assert [module.sigma.item() for module in net.modules() if hasattr(module, "sigma")] == pytest.approx(lines[-1]["sigma"])
+    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    assert loaded.blocks[0][2].sigma == net.blocks[0][2].sigma > 0
+
+
+def test_a_card_remembers_the_runs_before_it(tmp_path, digits):
+    start, steps = None, []
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        train.train(TrainConfig(**SMALL | {"epochs": 1}, seed=seed, start=start), out, digits, command=f"run {seed}")
+        start = str(out / "model.safetensors")
+        steps.append([stage["command"] for stage in checkpoint.load(start).card["stages_before"]])
+    assert steps == [[], ["run 0"], ["run 0", "run 1"]]
 
 
 def test_starting_from_another_network_names_what_does_not_fit(tmp_path):

@@ -22,6 +22,8 @@ VARIANTS = {  # name: T, type of currents, type of spikes, options
     "spikes as bytes": (8, "fp32", "u8", {"AMPLITUDE": False}),
     "spikes as bf16": (8, "fp32", "bf16", {}),
     "bf16": (8, "bf16", "bf16", {"PER_CHANNEL": True, "plus": True}),
+    "channels_last": (8, "fp32", "fp32", {"PER_CHANNEL": True, "channel_stride": 1}),  # numbers that are 1 are compiled in
+    "one neuron": (8, "fp32", "fp32", {"neurons": 1, "step_current": 1, "step_out": 1, "channel_stride": 1, "channels": 1}),
     "fp64": (8, "fp64", "fp64", {"SIGNED": True}),
 }
 
@@ -82,7 +84,9 @@ def test_kernel_compiles_for_the_card_without_spills_or_contracted_sums(capabili
         assert used["REG"] <= 128, name
         assert not re.search(r"\b[FD]FMA\b", machine), f"{name}: a product and a sum are rounded together, unlike in the loop"
         assert ".ftz" not in code["ptx"], f"{name}: subnormal numbers become zero, unlike in the loop"
-        assert re.search(r"ld\.global\S*\.v[24]\.b(32|64)", code["ptx"]), f"{name}: currents are not read 16 bytes at a time"
+        assert name == "one neuron" or re.search(r"ld\.global\S*\.v[24]\.b(32|64)", code["ptx"]), (
+            f"{name}: currents are not read 16 bytes at a time"
+        )
         if "bf16" in (current, spikes):
             assert set(re.findall(r"cvt\.(\w+)\.bf16", code["ptx"])) - {"f32"} == {"rn"}, f"{name}: not rounded to nearest"
 

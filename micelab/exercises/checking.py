@@ -107,10 +107,22 @@ def check(name: str, work: Any) -> Verdict:
     return Verdict(not wrong, wrong or task.praise, task.hint, task.source())
 
 
-def answer_key() -> str:
-    """Every exercise with its answer, as Markdown, for those who teach."""
-    parts = [f"## {task.name}\n\n{task.praise}\n\n```python\n{task.source()}\n```\n" for task in EXERCISES.values()]
-    return "\n".join(parts)
+def answer_key(*notebooks: str) -> str:
+    """Every exercise with its hint and its answer, as Markdown, for those who teach; of `notebooks` ("02") where some are named.
+
+    >>> print(answer_key("00").splitlines()[0])
+    ## 00-rate
+
+    Raises InputError where a notebook has no exercise.
+    """
+    known = {name.split("-")[0] for name in EXERCISES}
+    for number in notebooks:
+        if number not in known:
+            raise InputError(f"notebook {number!r} has no exercises: choose from {', '.join(sorted(known))}")
+    chosen = [task for name, task in EXERCISES.items() if not notebooks or name.split("-")[0] in notebooks]
+    return "\n".join(
+        f"## {task.name}\n\nHint: {task.hint}\n\n```python\n{task.source()}\n```\n\n{task.praise}\n" for task in chosen
+    )
 
 
 def _wrong_value(task: Exercise, value: Any) -> str:

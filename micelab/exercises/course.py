@@ -86,7 +86,7 @@ def _late_threshold(current: Tensor, theta: float, v0: float) -> int:
     praise="You have written the neuron of this whole course.",
     cases=[
         (torch.full((8,), 0.375), 1.0, 0.0),
-        (torch.full((8,), 0.375), 1.0, 0.5),
+        (torch.full((4,), 0.375), 1.0, 0.5),
         (torch.tensor([0.5, 0.5, 0.5, 0.5]), 1.0, 0.0),
         (torch.tensor([1.5, 1.5, 0.25, -1.0]), 2.0, 0.25),
     ],

@@ -1,0 +1,83 @@
+"""What a step of joint training costs, in steps of the plain ANN: network A, batch 128, alternating, medians of one run.
+
+    python benchmarks/joint.py --out data/results/benchmark-joint.json
+
+Seconds are those of the process (CPU time where one thread is used), so that a busy machine disturbs the ratios less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import micelab
+from micelab.checkpoint import write_whole
+from micelab.joint import prepare
+from micelab.loop import SpikesInTheLoop
+from micelab.machine import machine
+
+
+def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
+    """A forward and backward pass of each kind, without the optimizer: ReLU, quantized clip, and joint at several T."""
+    layout: Any = {"memory_format": torch.channels_last}
+    images = torch.rand(batch_size, 3, 32, 32).contiguous(**layout)
+
+    def step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = forward().float().square().mean()
+            loss.backward()
+
+        return run
+
+    found = {}
+    for activation in ("relu", "quant_clip"):
+        ann = micelab.resnet20(activation=activation).to(**layout).train()
+        found[activation] = step(ann, lambda ann=ann: ann(images))
+    for t in (1, 2, 4, 8):
+        loop = SpikesInTheLoop(prepare(micelab.resnet20(activation="quant_clip", theta=1.0), t).to(**layout)).train()
+        found[f"joint T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    kinds = steps(options.batch_size, options.precision)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(options.repeat + 1):
+        for name, run in kinds.items():
+            begin = clock()
+            run()
+            if number:  # the first round warms up
+                seconds[name].append(clock() - begin)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: value / medians["quant_clip"] for name, value in medians.items()}
+    for name, ratio in ratios.items():
+        print(f"{name:12s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
+    if options.out:
+        words = {"command": shlex.join(["python", "benchmarks/joint.py", *sys.argv[1:]]), "machine": machine()}
+        words |= {"batch_size": options.batch_size, "precision": options.precision, "repeat": options.repeat}
+        words |= {"seconds": medians, "ratio_to_quant_clip": ratios}
+        write_whole(options.out, (json.dumps(words, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
