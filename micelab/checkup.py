@@ -85,9 +85,9 @@ class Checkup:
 
 
 _COUNTED: tuple[tuple[Verdict, str], ...] = (
-    ("spikes", "activations become neurons"),
-    ("stays", "layers stay"),
-    ("folds away", "fold away"),
+    ("spikes", "to become neurons"),
+    ("stays", "kept"),
+    ("folds away", "folded away"),
     ("refused", "refused"),
 )
 

@@ -125,7 +125,7 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
         where = f"{type(model).__name__}.forward"
         raise ConversionError(
             f"{where} cannot be read as a fixed graph of layers ({_first_line(error)}): it decides by the values of its "
-            "tensors or takes more than images; move that outside the network"
+            "tensors or takes more than images: move that outside the network"
         ) from error
     return fx.GraphModule(tracer.root, graph)
 

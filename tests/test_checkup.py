@@ -78,7 +78,7 @@ def test_the_houses_own_networks_convert(make):
     report = checkup(make())
     assert report
     assert report.count("spikes") == (19 if make is micelab.resnet20 else 4)
-    assert report.words().endswith("fold away.")
+    assert report.words().endswith("folded away.")
     assert report.count("refused") == len(report.problems) == 0
 
 

@@ -87,6 +87,14 @@ def test_joint_training_takes_along_what_it_starts_from_and_gives_it_back(trials
     check_remedies(panel, trials, {SIGNED})
 
 
+def test_a_panel_may_start_with_remedies_ticked(trials):
+    panel = RemedyPanel(trials, 0.9, ticked=(JOINT,))
+    check_remedies(panel, trials, {JOINT})
+    assert panel.boxes[HALF].disabled
+    panel.boxes[JOINT].value = False
+    check_remedies(panel, trials, set())
+
+
 def test_a_tick_is_quick(trials):
     panel = RemedyPanel(trials, 0.9)
     quick(lambda: setattr(panel.boxes[SIGNED], "value", not panel.boxes[SIGNED].value))

@@ -21,7 +21,7 @@ def _gate(z: Tensor, theta: float) -> Tensor:
 
 @exercise(
     "05-theta",
-    hint="phi grows in step with (z, theta), so z * d phi/dz + theta * d phi/d theta = phi; d phi/dz is the gate. Solve for the rest.",
+    hint="phi grows in step with (z, theta), so z * dphi/dz + theta * dphi/dtheta = phi; dphi/dz is the gate: solve it.",
     praise="No step of the simulation is unrolled: the spike count itself tells how the rate moves with theta.",
     cases=[(_Z, _PHI, 1.0), (2 * _Z, 2 * _PHI, 2.0), (_Z, _PHI, 0.8)],
     slips={
@@ -51,7 +51,7 @@ def _wrong_remedy(value: Any) -> str:
     kinds = {"timing", "quantization", "clipping"}
     for remedy, kind in value.items():
         if kind is None or kind is ...:
-            return f"{remedy!r} has no error yet: write timing, quantization or clipping."
+            return f"nothing is handed in for {remedy!r} yet: write timing, quantization or clipping."
         if str(kind).strip().lower() not in kinds:
             return f"{remedy!r} acts on {kind!r}, which is none of timing, quantization and clipping."
     wrong = [remedy for remedy, kind in value.items() if str(kind).strip().lower() != _ACTS_ON[remedy]]
@@ -61,7 +61,7 @@ def _wrong_remedy(value: Any) -> str:
 @exercise(
     "05-remedies",
     hint="which of them changes the staircase, which its upper end, and which what the order of the spikes does?",
-    praise="Each of them acts on one error. None sees the other two; a loss that is computed from true spikes sees all three.",
+    praise="Each acts on one error and does not see the other two; a loss computed from true spikes sees all three.",
     judge=_wrong_remedy,
 )
 def acts_on() -> dict[str, str]:
@@ -80,7 +80,7 @@ def _best(steps: list[int], accuracy: list[float], within: int) -> float:
 
 @exercise(
     "06-true-steps",
-    hint="a run of T takes T + hidden steps in truth; keep the runs that take at most `budget`, and return the best of them, or 0.",
+    hint="a run of T takes T + hidden steps in truth; keep those that take at most `budget`, return the best or 0.",
     praise="This is how every table of micelab compares: a method that looks at four steps before it starts has spent them.",
     cases=[
         ([1, 2, 4, 8], [0.4, 0.6, 0.8, 0.9], 0, 4),
@@ -109,7 +109,7 @@ def best_within(steps: list[int], accuracy: list[float], hidden: int, budget: in
 
 @exercise(
     "06-energy",
-    hint="the ANN pays 4.6 pJ for each of its `macs`; in the SNN each spike pays 0.9 pJ for each of the `fan_out` neurons it reaches.",
+    hint="the ANN pays 4.6 pJ for each of its `macs`; a spike pays 0.9 pJ for each of the `fan_out` neurons it reaches.",
     praise="Below one, spikes are cheaper. It grows with T: patience costs energy.",
     cases=[(1000.0, 10, 20_000), (5000.0, 10, 20_000), (0.0, 9, 500)],
     slips={
@@ -135,6 +135,7 @@ _STEPS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]])
         (_STEPS, _STEPS.mean(0)),
         (_STEPS.amax(1, keepdim=True), _STEPS.mean(0).amax().reshape(1)),
         (2 * _STEPS, _STEPS.mean(0)),
+        (_STEPS, 2 * _STEPS.mean(0)),
     ],
     slips={
         "you average over neurons: dimension 0 is time.": lambda outputs, of_mean: (outputs.mean(1).mean() - of_mean).abs().max(),

@@ -122,7 +122,8 @@ class MethodPanel(Panel):
             f'<img src="data:image/png;base64,{source}" width="96" height="96" alt="image {now.image}, a {self.truth()}" '
             'style="image-rendering:pixelated;float:left;margin-right:12px">'
             f'a {self.truth()}; after {now.step} steps: <b style="color:{colour}">{self.answer()} {mark}</b><br>'
-            f"step by step: {' · '.join(so_far)}<br>{now.method}: {self._reached()} (ANN {100 * self.ann_accuracy[now.method]:.1f} %)"
+            f"step by step: {' · '.join(so_far)}<br>{now.method}: {self._reached()} "
+            f"(ANN {100 * self.ann_accuracy[now.method]:.1f} %)"
         )
 
     def __repr__(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from micelab import figures
@@ -27,22 +27,23 @@ class Ticked:
 class RemedyPanel(Panel):
     """A box to tick for each remedy: the four errors of every layer at one T, and accuracy over T, for what is ticked.
 
-    trials: of `micelab.remedies.try_remedies`, all of one T; `ann_accuracy` in [0, 1]. What joint training takes along is
+    trials: of `micelab.remedies.try_remedies`, all of one T; `ann_accuracy` in [0, 1]; ticked: at the start. What joint training takes along is
     ticked with it and cannot be unticked.
     """
 
-    def __init__(self, trials: Mapping[frozenset[str], Trial], ann_accuracy: float):
+    def __init__(self, trials: Mapping[frozenset[str], Trial], ann_accuracy: float, ticked: Iterable[str] = ()):
         missing = [sorted(chosen) for chosen in every_set() if chosen not in trials]
         if missing:
             raise InputError(f"there is no trial of {missing[0] or 'no remedy'}: give all that try_remedies gives")
         self.trials, self.ann_accuracy = dict(trials), ann_accuracy
-        self.state, self._painting = Ticked(), False
+        self.state, self._painting = Ticked(frozenset(ticked)), False
         self._drawn = {chosen: self._drawings(trial) for chosen, trial in self.trials.items()}
         wide = widgets.Layout(width="360px")
         self.boxes = {name: widgets.Checkbox(value=False, description=name, indent=False, layout=wide) for name in REMEDIES}
         for name, box in self.boxes.items():
             connect(box, lambda on, name=name: self._clicked(name, on))
         self.build(list(self.boxes.values()))
+        self._paint()
 
     @property
     def time_steps(self) -> int:
@@ -62,11 +63,15 @@ class RemedyPanel(Panel):
 
     def choose(self, state: Ticked) -> None:
         super().choose(state)
-        ticked, self._painting = with_included(state.remedies), True
+        self._paint()
+
+    def _paint(self) -> None:
+        """Sets the boxes as the state has them."""
+        ticked, self._painting = with_included(self.state.remedies), True
         try:
             for name, box in self.boxes.items():
                 box.value = name in ticked
-                box.disabled = name in with_included(state.remedies - {name})
+                box.disabled = name in with_included(self.state.remedies - {name})
         finally:
             self._painting = False
 
