@@ -10,6 +10,7 @@ curve = micelab.accuracy_curve(snn, loader)
 from micelab import joint, methods, neuron, train
 from micelab.activation import NoisyQuantClip, QuantClip, SpikeClip, TrainableClip
 from micelab.checkpoint import load, save
+from micelab.checkup import checkup
 from micelab.convert import convert
 from micelab.data import load_data
 from micelab.errors import error_breakdown
@@ -29,6 +30,7 @@ __all__ = [
     "SpikingNetwork",
     "TrainableClip",
     "accuracy_curve",
+    "checkup",
     "convert",
     "energy",
     "error_breakdown",

@@ -62,12 +62,26 @@ _REMEDIES = {
     "LayerNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
     "GroupNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
     "InstanceNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
+    "Attention": "it multiplies activations, which spikes cannot: use convolutions or linear layers",
+    "LSTM": "it carries a state of its own from step to step: use convolutions or linear layers",
+    "GRU": "it carries a state of its own from step to step: use convolutions or linear layers",
+    "RNN": "it carries a state of its own from step to step: use convolutions or linear layers",
+    "Upsample": "it has not been tried with spikes: use nn.ConvTranspose2d",
 }
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (TrainableClip, Normalize)) or super().is_leaf_module(m, module_qualified_name)
+
+
+Refuse = Callable[[Any, ConversionError], None]
+"""What is done about a part that cannot be converted: called with its graph node (None for the whole network), and why."""
+
+
+def stop(_: Any, error: ConversionError) -> None:
+    """Refuses by raising: the first part that cannot be converted ends the reading."""
+    raise error
 
 
 def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
@@ -79,7 +93,7 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"a {type(model).__name__} was given where a network (torch.nn.Module) is needed")
-    traced = read(_own_copy(model))
+    traced = read(own_copy(model))
     _name_activations(traced)
     if fold:
         _fold_batch_norm(traced)
@@ -96,7 +110,14 @@ def read(model: nn.Module) -> fx.GraphModule:
 
     Dropout is left out, calls that write into their input do so no more. Raises ConversionError as `trace` does.
     """
-    _check_numbers(model)
+    check_numbers(model)
+    traced = as_graph(model)
+    make_plain(traced)
+    return traced
+
+
+def as_graph(model: nn.Module) -> fx.GraphModule:
+    """The graph of `model` as it stands, nothing checked or changed but that it has one."""
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
@@ -104,13 +125,16 @@ def read(model: nn.Module) -> fx.GraphModule:
         where = f"{type(model).__name__}.forward"
         raise ConversionError(
             f"{where} cannot be read as a fixed graph of layers ({_first_line(error)}): it decides by the values of its "
-            "tensors or takes more than images; move that outside the network"
+            "tensors or takes more than images: move that outside the network"
         ) from error
-    traced = fx.GraphModule(tracer.root, graph)
-    _drop_dropout(traced)
-    _undo_in_place(traced)
-    _check_nodes(traced)
-    return traced
+    return fx.GraphModule(tracer.root, graph)
+
+
+def make_plain(traced: fx.GraphModule, refuse: Refuse = stop) -> None:
+    """Takes dropout and in-place writing out of the graph, in place, and checks every part; `refuse` hears what cannot be."""
+    _drop_dropout(traced, refuse)
+    _undo_in_place(traced, refuse)
+    _check_nodes(traced, refuse)
 
 
 def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
@@ -140,7 +164,7 @@ def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module],
     return traced
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
+def own_copy(model: nn.Module, refuse: Refuse = stop) -> nn.Module:
     """A copy in eval mode, without the caller's hooks: they watch the caller's network, not this one."""
     try:
         model = copy.deepcopy(model).eval()
@@ -150,9 +174,8 @@ def _own_copy(model: nn.Module) -> nn.Module:
         ) from error
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            raise ConversionError(
-                f"layer `{name}` has a parametrized weight: make it plain with torch.nn.utils.parametrize.remove_parametrizations"
-            )
+            why = "make it plain with torch.nn.utils.parametrize.remove_parametrizations"
+            refuse(None, ConversionError(f"layer `{name}` has a parametrized weight: {why}"))
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return model
@@ -162,25 +185,40 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _check_numbers(model: nn.Module) -> None:
+def check_numbers(model: nn.Module, refuse: Refuse = stop) -> None:
+    """Refuses parameters and buffers that are not finite."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConversionError(f"`{name}` holds NaN or infinite numbers: the network is broken, train or load it again")
+            why = "the network is broken, train or load it again"
+            refuse(None, ConversionError(f"`{name}` holds NaN or infinite numbers: {why}"))
 
 
-def _drop_dropout(traced: fx.GraphModule) -> None:
+def _drop_dropout(traced: fx.GraphModule, refuse: Refuse) -> None:
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, _DROPOUTS) or node.target in _DROPOUT_CALLS:
+        if is_dropout(traced, node):
             if module is None and node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True):
-                raise ConversionError(
-                    f"{_where(node)} stays active in evaluation: pass training=self.training, or use nn.Dropout"
-                )
+                why = "pass training=self.training, or use nn.Dropout"
+                refuse(node, ConversionError(f"{_where(node)} stays active in evaluation: {why}"))
             node.replace_all_uses_with(_source(node))
             traced.graph.erase_node(node)
 
 
-def _undo_in_place(traced: fx.GraphModule) -> None:
+def is_dropout(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is dropout, which evaluation leaves out."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), _DROPOUTS)
+    return node.op == "call_function" and node.target in _DROPOUT_CALLS
+
+
+def becomes_neurons(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node, module or call, is an activation that conversion turns into spiking neurons."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), ACTIVATIONS)
+    return node.op in ("call_function", "call_method") and _OUT_OF_PLACE.get(node.target, node.target) in _RELU_CALLS
+
+
+def _undo_in_place(traced: fx.GraphModule, refuse: Refuse) -> None:
     """Every call that writes into its input becomes one that does not; what reads the input later reads the result."""
     order = {node: number for number, node in enumerate(traced.graph.nodes)}
     for node in traced.graph.nodes:
@@ -197,7 +235,8 @@ def _undo_in_place(traced: fx.GraphModule) -> None:
         while _shares_memory(traced, base):
             base = _source(base)
             if any(order[user] > order[node] for user in base.users):
-                raise ConversionError(f"{_where(node)} writes into a part of `{base}`, which is used again: do it out of place")
+                why = "do it out of place"
+                refuse(node, ConversionError(f"{_where(node)} writes into a part of `{base}`, which is used again: {why}"))
     for node in traced.graph.nodes:
         if node.op in ("call_function", "call_method"):
             node.target = _OUT_OF_PLACE.get(node.target, node.target)
@@ -231,26 +270,35 @@ def _source(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _check_nodes(traced: fx.GraphModule) -> None:
+def _check_nodes(traced: fx.GraphModule, refuse: Refuse) -> None:
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         names = ", ".join(node.target for node in inputs)
-        raise ConversionError(f"the network takes {len(inputs)} inputs ({names}): it must take one tensor of images")
+        error = ConversionError(f"the network takes {len(inputs)} inputs ({names}): it must take one tensor of images")
+        refuse(None, error)
     for node in traced.graph.nodes:
-        if node.op == "call_module":
-            _check_module(node.target, traced.get_submodule(node.target))
-        elif node.op in ("call_function", "call_method"):
-            _check_call(node)
-        elif node.op == "get_attr":
-            raise ConversionError(
-                f"the network uses its parameter `{node.target}` directly: put it into a layer, such as nn.Conv2d, nn.Linear or "
-                "micelab.models.Normalize"
-            )
-        elif node.op == "output" and not isinstance(node.args[0], fx.Node):
-            raise ConversionError("the network gives back more than one tensor: it must give back the logits alone")
+        try:
+            _check_node(traced, node)
+        except ConversionError as error:
+            refuse(node, error)
 
 
-def _check_module(name: str, module: nn.Module) -> None:
+def _check_node(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        check_module(str(node.target), traced.get_submodule(str(node.target)))
+    elif node.op in ("call_function", "call_method"):
+        _check_call(node)
+    elif node.op == "get_attr":
+        raise ConversionError(
+            f"the network uses its parameter `{node.target}` directly: put it into a layer, such as nn.Conv2d, nn.Linear or "
+            "micelab.models.Normalize"
+        )
+    elif node.op == "output" and not isinstance(node.args[0], fx.Node):
+        raise ConversionError("the network gives back more than one tensor: it must give back the logits alone")
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Raises ConversionError, with the remedy, where a layer has no spiking counterpart and is not affine."""
     kind = type(module).__name__
     if isinstance(module, BATCH_NORMS) and module.running_mean is None:
         raise ConversionError(f"layer `{name}` is nn.{kind} without running statistics: train it with track_running_stats=True")
@@ -296,17 +344,18 @@ def _check_call(node: fx.Node) -> None:
                 f"{_where(node)} works across the images of a batch (dimension 0): give it the dimensions from 1 on"
             )
     elif call not in _RELU_CALLS | _SUM_CALLS | _POOL_CALLS:
-        name = _call_name(node).replace("_", "").lower()
+        name = call_name(node).replace("_", "").lower()
         why = next((text for part, text in _REMEDIES.items() if part.lower() in name), "use one of those in docs/conversion.md")
         raise ConversionError(f"{_where(node)} has no spiking counterpart here: {why}")
 
 
-def _call_name(node: fx.Node) -> str:
+def call_name(node: fx.Node) -> str:
+    """The function, method or module that a node calls, as it is written."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _where(node: fx.Node) -> str:
-    name = node.name if _call_name(node) in ("fn", "boolean_dispatch") else _call_name(node)
+    name = node.name if call_name(node) in ("fn", "boolean_dispatch") else call_name(node)
     return f"`{name}` in `{_scope(node) or 'forward'}`"
 
 
@@ -392,15 +441,15 @@ class LayerRunner(fx.Interpreter):
             out = super().run_node(n)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, InputError):
-                raise InputError(f"layer `{_call_name(n)}`: {error}") from error
+                raise InputError(f"layer `{call_name(n)}`: {error}") from error
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise
             raise InputError(
-                f"layer `{_call_name(n)}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}"
+                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {_first_line(error)}"
             ) from error
         if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
             raise InputError(
-                f"layer `{_call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
+                f"layer `{call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
                 "keep dimension 0 as it is"
             )
         return out

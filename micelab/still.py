@@ -70,6 +70,7 @@ def _draw(part: Any, figure: Any) -> None:
             place = (left + x0 * (right - left), low + y0 * (high - low), (x1 - x0) * (right - left), (y1 - y0) * (high - low))
             axes[key] = part.add_axes(place)
         grouped = [bar for bar in figure.data if bar.type == "bar" and figure.layout.barmode == "group"]
+        grouped = [bar for bar in grouped if (bar.xaxis, bar.yaxis) == (trace.xaxis, trace.yaxis)]
         _TRACES[trace.type](axes[key], trace, *([grouped.index(trace), len(grouped)] if trace in grouped else []))
     for key, ax in axes.items():
         _dress(ax, figure.layout[_axis_name(key[0])], figure.layout[_axis_name(key[1])])
@@ -78,7 +79,10 @@ def _draw(part: Any, figure: Any) -> None:
         if shape.type == "line" and shape.yref == "paper" and shape.x0 == shape.x1:
             first.axvline(shape.x0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"))
     for note in figure.layout.annotations:
-        if note.yref == "paper" and note.text:
+        if note.xref == note.yref == "paper" and note.text:  # the heading of one of several axes
+            place = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)
+            part.text(*place, _plain(note.text), ha="center", va="bottom", fontsize=10)
+        elif note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
     if _has_legend(figure):

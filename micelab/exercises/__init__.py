@@ -4,6 +4,7 @@
 """
 
 from micelab.exercises import course as course
+from micelab.exercises import whole as whole
 from micelab.exercises.checking import EXERCISES, Exercise, Verdict, answer_key, check, exercise, limited
 from micelab.exercises.predictions import Prediction, predict
 

@@ -3,6 +3,7 @@
 Every figure carries a sentence for those who cannot see it in `figure.layout.meta["alt"]`, made from its own numbers.
 """
 
+from micelab.figures.checkup import VERDICT_COLOURS, checkup_map
 from micelab.figures.network import running_answer, spike_map
 from micelab.figures.neurons import (
     activation_histogram,
@@ -29,9 +30,11 @@ __all__ = [
     "METHOD_COLOURS",
     "METHOD_SYMBOLS",
     "TOTAL",
+    "VERDICT_COLOURS",
     "accuracy_over_time",
     "activation_histogram",
     "before_and_after",
+    "checkup_map",
     "error_bars",
     "error_over_depth",
     "images_strip",

@@ -5,8 +5,23 @@ Each holds its state in one object, `panel.state`; callbacks read nothing else, 
 
 from micelab.panels.image import ImagePanel
 from micelab.panels.layers import DepthPanel, ThresholdPanel
+from micelab.panels.methods import MethodPanel
 from micelab.panels.one_neuron import NeuronPanel, OrderPanel, StaircasePanel
 from micelab.panels.over_time import TimePanel
 from micelab.panels.panel import Panel
+from micelab.panels.remedies import RemedyPanel
+from micelab.panels.report import CheckupPanel
 
-__all__ = ["DepthPanel", "ImagePanel", "NeuronPanel", "OrderPanel", "Panel", "StaircasePanel", "ThresholdPanel", "TimePanel"]
+__all__ = [
+    "CheckupPanel",
+    "DepthPanel",
+    "ImagePanel",
+    "MethodPanel",
+    "NeuronPanel",
+    "OrderPanel",
+    "Panel",
+    "RemedyPanel",
+    "StaircasePanel",
+    "ThresholdPanel",
+    "TimePanel",
+]

@@ -1,0 +1,130 @@
+"""The panel of several conversions of one problem: choose method, image, step and layer; spikes, answer and accuracy follow."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from micelab import figures
+from micelab.exceptions import InputError
+from micelab.figures.style import CHOSEN, Spec
+from micelab.metrics import AccuracyCurve
+from micelab.network import SpikingNetwork
+from micelab.panels.image import as_png
+from micelab.panels.panel import Panel, choice, slider
+
+
+@dataclass(frozen=True)
+class View:
+    """What the reader looks at: one conversion, one image, after step T, one layer."""
+
+    method: str
+    image: int
+    step: int
+    layer: str
+
+
+class MethodPanel(Panel):
+    """Sliders for method, image, T and layer: the layer's spikes, the answer after T steps, accuracy over T of the method.
+
+    snns: converted networks with the same layers, by name; curves: the accuracy of each (over any images); images
+    [N, C, H, W] in [0, 1] with labels [N]; ann_accuracy: of each network, in [0, 1]. Simulated once, for `time_steps` steps.
+    """
+
+    def __init__(
+        self,
+        snns: Mapping[str, SpikingNetwork],
+        curves: Mapping[str, AccuracyCurve],
+        ann_accuracy: Mapping[str, float],
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        time_steps: int = 8,
+    ):
+        if not snns or snns.keys() - curves.keys() or snns.keys() - ann_accuracy.keys():
+            raise InputError("each conversion needs its accuracy curve and the accuracy of its ANN: give both under one name")
+        if not len(images) or len(images) != len(labels):
+            raise InputError(f"there are {len(images)} images and {len(labels)} labels: give one label for each")
+        self.images, self.labels, self.classes = images.detach().cpu(), labels.cpu(), tuple(classes)
+        self.curves, self.ann_accuracy = {name: curves[name] for name in snns}, dict(ann_accuracy)
+        self.spikes: dict[str, dict[str, Tensor]] = {}
+        self.answers: dict[str, Tensor] = {}
+        for name, snn in snns.items():
+            run = snn.simulate(images, time_steps, spikes=True)
+            self.answers[name] = run.logits.softmax(-1).cpu()
+            self.spikes[name] = {key: layer.spikes.char().cpu() for key, layer in run.layers.items() if layer.spikes is not None}
+        names, layers = list(snns), list(next(iter(self.spikes.values())))
+        if any(list(spikes) != layers for spikes in self.spikes.values()):
+            raise InputError("the conversions have different layers: show networks of one shape together")
+        self.state = View(names[-1], 0, time_steps, layers[0])
+        self._curve = {name: self._curve_of(name) for name in names}
+        last = len(images) - 1
+        self.method = choice("method", names, names[-1], lambda name: self.choose(replace(self.state, method=name)))
+        self.image = slider("image", 0, 0, last, 1, lambda value: self.choose(replace(self.state, image=int(value))))
+        self.step = slider("T", time_steps, 1, time_steps, 1, lambda value: self.choose(replace(self.state, step=int(value))))
+        self.layer = choice("layer", layers, layers[0], lambda name: self.choose(replace(self.state, layer=name)))
+        self.build([self.method, self.image, self.step, self.layer])
+
+    def _curve_of(self, name: str) -> Spec:
+        others = [replace(curve, method=other) for other, curve in self.curves.items() if other != name]
+        figure = figures.accuracy_over_time([replace(self.curves[name], method=name), *others], self.ann_accuracy[name])
+        for number, trace in enumerate(figure.data):
+            trace.opacity = 1.0 if number in (0, len(figure.data) - 1) else 0.3
+        return figure.update_layout(height=400).to_plotly_json()
+
+    def specs(self) -> list[Spec]:
+        now = self.state
+        spikes = self.spikes[now.method][now.layer][now.step - 1, now.image]
+        answer = self.answers[now.method][now.step - 1, now.image].tolist()
+        curve = dict(self._curve[now.method])
+        line = {"type": "line", "x0": now.step, "x1": now.step, "y0": 0, "y1": 1, "yref": "paper"}
+        shapes = [line | {"line": {"color": CHOSEN, "dash": "dot"}}]
+        curve["layout"] = curve["layout"] | {
+            "shapes": shapes,
+            "title": curve["layout"]["title"] | {"text": f"Over T: {now.method}"},
+        }
+        return [
+            figures.spike_map.spec(spikes, now.layer, now.step),
+            figures.running_answer.spec(answer, self.classes, now.step),
+            curve,
+        ]
+
+    def answer(self) -> str:
+        """The class that the network names after T steps."""
+        return self.classes[int(self.answers[self.state.method][self.state.step - 1, self.state.image].argmax())]
+
+    def truth(self) -> str:
+        """The image's own class."""
+        return self.classes[int(self.labels[self.state.image])]
+
+    def _reached(self) -> str:
+        curve, step = self.curves[self.state.method], self.state.step
+        known = max((t for t in curve.time_steps if t <= step), default=curve.time_steps[0])
+        return f"≈ {100 * curve.at(known):.1f} % of {curve.images:,} images right at T = {known}"
+
+    def sentence(self) -> str:
+        now = self.state
+        firing = 100 * float((self.spikes[now.method][now.layer][now.step - 1, now.image] != 0).double().mean())
+        return (
+            f"{now.method}, image {now.image} (a {self.truth()}), T = {now.step}: the answer is {self.answer()}; in layer "
+            f"{now.layer} ≈ {firing:.0f} % of the neurons fire; {self._reached()}."
+        )
+
+    def live(self) -> str:
+        now, right = self.state, self.answer() == self.truth()
+        mark, colour = ("✓", "#007a5a") if right else ("✗", "#b34700")
+        source = base64.b64encode(as_png(self.images[now.image])).decode()
+        so_far = [self.classes[int(answer[now.image].argmax())] for answer in self.answers[now.method][: now.step]]
+        return (
+            f'<img src="data:image/png;base64,{source}" width="96" height="96" alt="image {now.image}, a {self.truth()}" '
+            'style="image-rendering:pixelated;float:left;margin-right:12px">'
+            f'a {self.truth()}; after {now.step} steps: <b style="color:{colour}">{self.answer()} {mark}</b><br>'
+            f"step by step: {' · '.join(so_far)}<br>{now.method}: {self._reached()} "
+            f"(ANN {100 * self.ann_accuracy[now.method]:.1f} %)"
+        )
+
+    def __repr__(self) -> str:
+        return f"MethodPanel: {self.sentence()}"
