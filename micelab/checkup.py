@@ -138,7 +138,8 @@ def _by_node(traced: fx.GraphModule, refuse: Any) -> tuple[Finding, ...]:
             continue
         layer = str(node.target) if module is not None else node.name
         calls[layer] += 1
-        layer += f" (call {calls[layer]})" if calls[layer] > 1 else ""
+        if (again := calls[layer]) > 1:  # a neuron layer has this name after conversion
+            layer += f"_{again - 1}" if becomes_neurons(traced, node) else f" (call {again})"
         kind = call_name(node) if module is None else f"nn.{type(module).__name__}"
         rows[node] = Finding(layer, kind, *_fate(traced, node, module))
     refused: dict[fx.Node, ConversionError] = {}
@@ -171,7 +172,7 @@ def _fate(traced: fx.GraphModule, node: fx.Node, module: nn.Module | None) -> tu
 
 def _by_module(model: nn.Module) -> list[Finding]:
     """Where a network has no graph: its layers one by one, so that the other problems are seen as well."""
-    findings = []
+    findings: list[Finding] = []
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn") and not isinstance(module, (nn.Sequential, nn.ModuleList)):
             kind = f"nn.{type(module).__name__}"

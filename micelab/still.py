@@ -26,6 +26,7 @@ def still(figures: Sequence[Any], widths: Sequence[float] | None = None) -> byte
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from PIL import Image
     except ImportError as error:
         raise MicelabError("pictures need matplotlib: run `pip install micelab[course]`") from error
     height = max((figure.layout.height or 400) for figure in figures) / 90
@@ -36,7 +37,10 @@ def still(figures: Sequence[Any], widths: Sequence[float] | None = None) -> byte
         _draw(part, figure)
     out = io.BytesIO()
     picture.savefig(out, format="png", dpi=DPI)
-    return out.getvalue()
+    small = io.BytesIO()  # 256 colours are enough, and half the bytes in a notebook
+    with Image.open(out) as drawn:
+        drawn.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 class Still:
@@ -80,8 +84,8 @@ def _draw(part: Any, figure: Any) -> None:
             first.axvline(shape.x0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"))
     for note in figure.layout.annotations:
         if note.xref == note.yref == "paper" and note.text:  # the heading of one of several axes
-            place = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)
-            part.text(*place, _plain(note.text), ha="center", va="bottom", fontsize=10)
+            spot = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)
+            part.text(*spot, _plain(note.text), ha="center", va="bottom", fontsize=10)
         elif note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
@@ -92,7 +96,7 @@ def _draw(part: Any, figure: Any) -> None:
 def _room(figure: Any, wide: float) -> tuple[float, float, float, float]:
     """Left, right, lower and upper end of the axes, as shares: room for title, legend, and names that stand aslant."""
     names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
-    aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if isinstance(x[0], str))
+    aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if x and isinstance(x[0], str))
     left = 0.0098 * (figure.layout.margin.l or 70) / wide
     return left, 0.97, 0.27 if aslant else 0.17, 0.8 if _has_legend(figure) else 0.87
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from micelab import figures
 from micelab.exceptions import InputError
@@ -27,8 +28,8 @@ class Ticked:
 class RemedyPanel(Panel):
     """A box to tick for each remedy: the four errors of every layer at one T, and accuracy over T, for what is ticked.
 
-    trials: of `micelab.remedies.try_remedies`, all of one T; `ann_accuracy` in [0, 1]; ticked: at the start. What joint training takes along is
-    ticked with it and cannot be unticked.
+    trials: of `micelab.remedies.try_remedies`, all of one T; ann_accuracy: in [0, 1]; ticked: at the start. What joint
+    training takes along is ticked with it and cannot be unticked.
     """
 
     def __init__(self, trials: Mapping[frozenset[str], Trial], ann_accuracy: float, ticked: Iterable[str] = ()):
@@ -41,7 +42,7 @@ class RemedyPanel(Panel):
         wide = widgets.Layout(width="360px")
         self.boxes = {name: widgets.Checkbox(value=False, description=name, indent=False, layout=wide) for name in REMEDIES}
         for name, box in self.boxes.items():
-            connect(box, lambda on, name=name: self._clicked(name, on))
+            connect(box, partial(self._clicked, name))
         self.build(list(self.boxes.values()))
         self._paint()
 
