@@ -213,7 +213,7 @@ def test_the_rate_climbs_then_falls_to_zero(tmp_path, digits, monkeypatch):
 
 def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):
     train.train(TrainConfig(**SMALL), tmp_path, digits)
-    with pytest.raises(InputError, match=r"other options: theta was 2.0, is 3.0; lr was 0.1, is 0.2. Resume with the same ones"):
+    with pytest.raises(InputError, match=r"other options: lr was 0.1, is 0.2; theta was 2.0, is 3.0. Resume with the same ones"):
         train.train(TrainConfig(**SMALL | {"theta": 3.0, "lr": 0.2}), tmp_path, digits, resume=True)
 
 
