@@ -52,7 +52,7 @@ def test_every_known_slip_is_named(name, slip):
 @pytest.mark.parametrize("name", EXERCISES)
 def test_every_exercise_stands_in_its_notebook_as_a_stub_that_is_refused(name):
     source = STUBS[name]
-    space = {"torch": torch, "micelab": micelab}
+    space = {"torch": torch, "nn": torch.nn, "micelab": micelab}
     *before, last = ast.parse(source).body
     exec(compile(ast.Module(before, []), name, "exec"), space)
     work = space[last.value.args[1].id]
