@@ -84,9 +84,6 @@ class Page:
 
     def run_all(self, timeout=240_000):
         """Runs every cell; returns once all are done."""
-        self.page.wait_for_function(  # a command given before the kernel is there is lost
-            "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=120_000
-        )
         self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_function(
             "() => { const marks = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);"
