@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ QUIET = [
     "--disable-dev-shm-usage",
 ]
 TOKEN = "micelab"
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none", "recordTiming": false}',
@@ -32,7 +34,7 @@ SETTINGS = {
 
 @contextmanager
 def jupyter(folder):
-    """The address of a JupyterLab that serves the repository and keeps its own files in `folder`."""
+    """The address of a JupyterLab that serves a copy of the notebooks; that and its own files are kept in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,9 +45,11 @@ def jupyter(folder):
     own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
     paths = {name: str(folder / place) for name, place in own.items()}
-    environment = os.environ | paths | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    data = os.environ.get("MICELAB_DATA", str(ROOT / "data"))
+    environment = os.environ | paths | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MICELAB_DATA": data}
+    shutil.copytree(ROOT / "notebooks", folder / "course" / "notebooks")  # JupyterLab saves what it ran
     command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --expose-app-in-browser --ServerApp.allow_root=True"
-    command += f" --IdentityProvider.token={TOKEN} --ServerApp.root_dir={ROOT}"
+    command += f" --IdentityProvider.token={TOKEN} --ServerApp.root_dir={folder / 'course'}"
     with (folder / "log.txt").open("wb") as log:
         server = subprocess.Popen([sys.executable, *command.split()], env=environment, stdout=log, stderr=log)
     try:
@@ -75,8 +79,12 @@ class Page:
         self.page.on("request", self._asked)
         self.page.goto(f"{address}/lab/tree/{notebook}?token={TOKEN}&reset", wait_until="domcontentloaded")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
-        self.page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
-        self.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+        self.page.wait_for_function(f"{KERNEL} === 'idle'", timeout=120_000)  # cells run before that are lost
+        self._command("application:toggle-left-area")
+
+    def _command(self, name):
+        # without waiting for its promise: Playwright has no time limit there, and JupyterLab does not always keep it
+        self.page.evaluate(f"void window.jupyterapp.commands.execute('{name}')")
 
     def _asked(self, request):
         if not re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", request.url):
@@ -84,7 +92,7 @@ class Page:
 
     def run_all(self, timeout=240_000):
         """Runs every cell; returns once all are done."""
-        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self._command("notebook:run-all-cells")
         self.page.wait_for_function(
             "() => { const marks = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);"
             " return marks.length && marks.every(mark => /\\[\\d+\\]/.test(mark)); }",

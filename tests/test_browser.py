@@ -39,7 +39,7 @@ def lesson(request, address, browser):
     page = Page(browser, address, f"notebooks/{request.param}.ipynb")
     page.name = request.param
     page.run_all()
-    page.page.wait_for_selector(".js-plotly-plot .plot", timeout=60_000)
+    page.page.wait_for_selector(".js-plotly-plot .trace path", state="attached", timeout=60_000)
     page.page.wait_for_timeout(1500)
     yield page
     page.close()
