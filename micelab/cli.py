@@ -81,12 +81,18 @@ def demo(
 
 
 @command(
-    epilog="Examples: `micelab train` · `micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu` · "
+    epilog="Examples: `micelab train` · `micelab train --recipe cifar10-a` · "
+    "`micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu` · "
     "`micelab train --joint --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
 )
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run: state, metrics, final network.")] = Path("data/runs/latest"),
-    dataset: DatasetOption = "digits",
+    recipe: Annotated[
+        str | None, typer.Option(help="Choices by name, such as cifar10-a; options given beside it go before.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run: state, metrics, final network [data/runs/, by the recipe].")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="digits [that], cifar10, cifar100, or a folder of images.")] = None,
     network: Annotated[str | None, typer.Option(help="small_cnn or resnet20 [by the data set].")] = None,
     kind: Annotated[str | None, typer.Option(help="ResNet-20 of kind A, B or C.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
@@ -96,13 +102,15 @@ def train(
     levels: Annotated[int | None, typer.Option(min=1, help="Levels of quant_clip [8].")] = None,
     theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1 (SGD); joint: 0.001 (Adam)].")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0]")] = None,
     theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1].")] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1]")] = None,
-    label_smoothing: Annotated[float, typer.Option(min=0)] = 0.0,
-    augment: Annotated[str, typer.Option(help="none, standard (crop, flip), cutout, or auto (AutoAugment too).")] = "standard",
+    label_smoothing: Annotated[float | None, typer.Option(min=0, help="[0]")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="none, standard (crop, flip) [that], cutout, or auto (AutoAugment too).")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
     time_steps: Annotated[
@@ -111,7 +119,7 @@ def train(
     distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
     penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="[0]")] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile (needs a C++ compiler; a minute to start).")
@@ -130,13 +138,13 @@ def train(
     from micelab import joint as stage2
     from micelab import train as stage1
     from micelab.machine import default_precision
-    from micelab.recipe import JointConfig, TrainConfig
+    from micelab.recipe import choose
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    words: dict[str, Any] = {"precision": default_precision() if precision == "auto" else precision}
-    words |= {"dataset": dataset, "batch_size": batch_size, "label_smoothing": label_smoothing}
-    words |= {"augment": augment, "start": start, "seed": seed}
-    words |= _given(epochs=epochs, lr=lr, weight_decay=weight_decay, theta_lr=theta_lr, warmup_epochs=warmup_epochs)
+    common = {"precision": default_precision() if precision == "auto" else precision}
+    common |= _given(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
+    common |= _given(theta_lr=theta_lr, warmup_epochs=warmup_epochs, label_smoothing=label_smoothing)
+    common |= _given(augment=augment, start=start)
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
     first |= {"compile": True} if compile else {}
     second = _given(time_steps=_steps(time_steps) if time_steps else None, distill=distill, teacher=teacher, penalty=penalty)
@@ -144,15 +152,10 @@ def train(
         name = next(iter(astray)).replace("_", "-")
         raise InputError(f"--{name} " + ("is for stage 1: leave out --joint" if joint else "is for joint training: add --joint"))
     carry: Callable[..., Any] = stage2.train if joint else stage1.train
-    if joint:
-        recipe: Any = JointConfig(**words | second)
-    else:
-        first.setdefault("network", "small_cnn" if dataset == "digits" else "resnet20")
-        if first.get("activation") in ("relu", "clip"):
-            first["levels"] = None
-        recipe = TrainConfig(**{"epochs": 60} | words | first)
+    config = choose(recipe, joint, common | (second if joint else first))
+    out = out or Path("data/runs") / ((recipe or "latest") + ("-joint" if joint else ""))
     try:
-        model = carry(recipe, out, resume=resume, folder=data, command=_command())
+        model = carry(config, out, resume=resume, folder=data, command=_command())
     except KeyboardInterrupt:
         logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
         raise

@@ -111,3 +111,48 @@ class JointConfig(Recipe):
             "penalty": 0 <= self.penalty < math.inf,
             "max_norm": 0 < self.max_norm < math.inf,
         }
+
+
+@dataclass(frozen=True)
+class Named:
+    """A recipe by name: where it differs from the defaults, in both stages, in stage 1, and in joint training."""
+
+    both: dict[str, Any]
+    first: dict[str, Any]
+    joint: dict[str, Any]
+
+
+def _resnet20(dataset: str, kind: str, start: str, first: dict[str, Any]) -> Named:
+    return Named({"dataset": dataset}, {"network": "resnet20", "kind": kind} | first, {"start": start})
+
+
+_LONG = {"augment": "cutout", "label_smoothing": 0.1}
+RECIPES = {
+    "cifar10-a": _resnet20("cifar10", "A", "resnet20a-cifar10-qcfs", {"epochs": 60}),
+    "cifar100-a": _resnet20("cifar100", "A", "data/runs/cifar100-a/model.safetensors", {"epochs": 100, "lr": 0.05}),
+    "cifar10-b": _resnet20("cifar10", "B", "data/runs/cifar10-b/model.safetensors", {"epochs": 60} | _LONG),
+    "cifar100-b": _resnet20("cifar100", "B", "data/runs/cifar100-b/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
+    "cifar10-c": _resnet20("cifar10", "C", "data/runs/cifar10-c/model.safetensors", {"epochs": 60} | _LONG),
+    "cifar100-c": _resnet20("cifar100", "C", "data/runs/cifar100-c/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
+}
+"""Stage 1 of each is `micelab train --recipe NAME`, stage 2 the same with `--joint`, which starts from what stage 1 left."""
+
+
+def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
+    """The configuration of recipe `name` (None: the defaults, by the data set) with the options `given` put over it.
+
+    >>> choose("cifar10-b", False, {"epochs": 2}).epochs, choose("cifar10-a", True, {"time_steps": (4,)}).start
+    (2, 'resnet20a-cifar10-qcfs')
+
+    Raises InputError for an unknown name.
+    """
+    if name is not None and name not in RECIPES:
+        raise InputError(f"--recipe {name} is unknown: choose {', '.join(RECIPES)}")
+    named = RECIPES[name] if name is not None else Named({}, {"epochs": 60}, {})
+    if joint:
+        return JointConfig(**named.both | named.joint | given)
+    words = named.both | named.first | given
+    words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
+    if words.get("activation") in ("relu", "clip"):
+        words.setdefault("levels", None)
+    return TrainConfig(**words)

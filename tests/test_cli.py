@@ -113,6 +113,7 @@ def test_data_says_what_is_in_it():
         (["evaluate", "no-such-network"], "no checkpoint is named 'no-such-network'"),
         (["data", "no-such-data"], "data set 'no-such-data' is unknown"),
         (["train", "--lr", "-1"], "--lr is -1.0"),
+        (["train", "--recipe", "cifar10-d"], "--recipe cifar10-d is unknown: choose cifar10-a, cifar100-a"),
         (["train", "--joint", "--time-steps", "4"], "name its checkpoint with --start"),
         (["train", "--joint", "--levels", "4"], "--levels is for stage 1: leave out --joint"),
         (["train", "--penalty", "1"], "--penalty is for joint training: add --joint"),

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from micelab import checkpoint, train
+from micelab import checkpoint, recipe, train
 from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
-from micelab.models import small_cnn
+from micelab.models import resnet20, small_cnn
 from micelab.train import TrainConfig
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
@@ -275,6 +275,19 @@ def test_a_loss_that_is_no_number_from_the_start_does_not_point_to_a_state_that_
 def test_an_option_out_of_its_range_is_named_as_it_is_typed(option, value):
     with pytest.raises(InputError, match=f"^--{option.replace('_', '-')} is .* out of range"):
         TrainConfig(**{option: value})
+
+
+@pytest.mark.parametrize("name", recipe.RECIPES)
+def test_a_recipe_names_a_network_that_can_be_built_and_options_go_before_it(name):
+    first = recipe.choose(name, joint=False, given={"epochs": 3, "seed": 7})
+    assert (first.epochs, first.seed, first.dataset) == (3, 7, name.split("-")[0])
+    assert recipe.choose(name, joint=False, given={}).epochs >= 60
+    classes = {"cifar10": 10, "cifar100": 100}[first.dataset]
+    network = resnet20(kind=first.kind, activation=first.activation, levels=first.levels, num_classes=classes)
+    assert sum(p.numel() for p in network.parameters()) // 10**5 == {"a": 2, "b": 112, "c": 43}[name[-1]]
+    second = recipe.choose(name, joint=True, given={"time_steps": (4,)})
+    assert (second.dataset, second.time_steps) == (first.dataset, (4,))
+    assert second.start
 
 
 @pytest.mark.parametrize(
