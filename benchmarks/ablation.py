@@ -4,7 +4,7 @@ Every row is trained for the same few epochs and measured on validation images o
 others start from. Run:
 
     python benchmarks/ablation.py --dataset cifar10 --start resnet20a-cifar10-qcfs --time-steps 4 --epochs 1 \
-        --out data/results/ablation-cifar10-t4.json
+        --train-images 15360 --penalty 3 --out data/results/ablation-cifar10-t4.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from micelab.machine import machine
 from micelab.recipe import JointConfig, Recipe, TrainConfig
 
 
-def rows(start: str, dataset: str, time_steps: int, common: dict[str, Any]) -> dict[str, tuple[Recipe | None, str, bool]]:
+def rows(
+    start: str, dataset: str, time_steps: int, penalty: float, common: dict[str, Any]
+) -> dict[str, tuple[Recipe | None, str, bool]]:
     """name -> (what is trained, conversion method, signed neuron)."""
     shape = {key: value for key, value in micelab.load(start).spec.items() if key in ("kind", "width") and value}
     network = micelab.load(start).spec["name"]
@@ -38,7 +40,7 @@ def rows(start: str, dataset: str, time_steps: int, common: dict[str, Any]) -> d
         "qcfs, trained on": (TrainConfig(activation="quant_clip", **stage1, **shared), "qcfs", False),
         "+ trainable v0": (TrainConfig(activation="spike_clip", **stage1, **shared), "mice", False),
         "+ joint": (JointConfig(**steps, **shared), "mice", False),
-        "+ penalty": (JointConfig(**steps, penalty=0.1, **shared), "mice", False),
+        "+ penalty": (JointConfig(**steps, penalty=penalty, **shared), "mice", False),
         "+ distillation": (JointConfig(**steps, distill=1.0, **shared), "mice", False),
         "+ signed spikes": (JointConfig(**steps, **shared), "mice", True),
     }
@@ -73,14 +75,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--augment", default="standard")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--images", type=int, default=256, help="validation images for the errors")
+    parser.add_argument("--train-images", type=int, help="only the first so many [all]")
+    parser.add_argument("--penalty", type=float, default=0.1, help="its weight in its row")
     parser.add_argument("--runs", type=Path, default=Path("data/runs/ablation"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     data = micelab.load_data(options.dataset)
+    test = data.test.head(256)  # nothing here is measured on it
+    data = replace(data, train=data.train.head(options.train_images), test=test)
     common = {"epochs": options.epochs, "batch_size": options.batch_size}
     common |= {"augment": options.augment, "precision": options.precision}
+    chosen = rows(options.start, options.dataset, options.time_steps, options.penalty, common)
     found: dict[str, Any] = {}
-    for name, (recipe, method, signed) in rows(options.start, options.dataset, options.time_steps, common).items():
+    for name, (recipe, method, signed) in chosen.items():
         ann: Any = micelab.load(options.start)
         if recipe is not None:
             folder = options.runs / "".join(c if c.isalnum() else "-" for c in name.replace("signed spikes", "joint"))
@@ -91,6 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.out:
             words = {"command": shlex.join(["python", "benchmarks/ablation.py", *(arguments or sys.argv[1:])])}
             words |= {"dataset": data.name, "images": len(data.validation), "time_steps": options.time_steps}
+            words |= {"train_images": len(data.train), "penalty": options.penalty}
             words |= {"epochs": options.epochs, "machine": machine(), "rows": found}
             write_whole(options.out, (json.dumps(words, indent=1) + "\n").encode())
     return found
