@@ -1,4 +1,5 @@
-"""How much goes through at a time: the memory that a chunk of images may take, and what happens where it is not there."""
+"""How much goes through at a time: the memory that a chunk of images may take, and what happens where it is not there; and
+the order in which a tensor lies in memory."""
 
 from __future__ import annotations
 
@@ -79,3 +80,23 @@ def _try(work: Callable[[Tensor], Result], part: Tensor) -> tuple[Result] | None
         if not ran_out(error):
             raise
         return None
+
+
+def is_dense(step: Tensor) -> bool:
+    """Whether the values of one step fill their memory without holes, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(step.shape, step.stride(), strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_order_of(like: Tensor, values: Tensor) -> Tensor:
+    """`values` [T, N, ...] with every step in the memory order of `like`'s: itself where it is already."""
+    pairs = zip(like.shape[1:], like.stride()[1:], values.stride()[1:], strict=True)
+    if all(a == b for size, a, b in pairs if size > 1):
+        return values
+    if values.stride(0) == 0:  # the same at every step: one copy
+        return torch.empty_like(like[0], dtype=values.dtype).copy_(values[0]).expand_as(values)
+    return torch.empty_like(like, dtype=values.dtype).copy_(values)

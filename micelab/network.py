@@ -7,6 +7,7 @@ first convolution) is computed once, not T times.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -122,7 +123,7 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
         super().__init__()
-        self.layers = layers
+        self.layers = layers.to(memory_format=torch.channels_last)  # as the images: else each call copies its weights
         self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
         waits = any(neuron.waits for neuron in self.neurons.values())
         self.turns = depth(layers) if waits else 1
@@ -250,7 +251,22 @@ class TimeFolded(LayerRunner):
                     self.env[source] = self.env[source].expand(self.steps, *self.env[source].shape).flatten(0, 1)
                     self.over_time.add(source)
         self.node = n
+        if len(timed) == 2 and not self.record and self._is_joined(n):
+            return tuple(self.env[source] for source in timed)
+        if tensors and isinstance(self.env[tensors[0]], tuple):
+            return self._join(self.fetch_attr(str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
         return super().run_node(n)
+
+    def _is_joined(self, n: fx.Node) -> bool:
+        """Whether the sum `n` of two currents is left to the neurons, which alone read it."""
+        if type(self).activate is not TimeFolded.activate:
+            return False
+        reader = next(iter(n.users)) if len(n.users) == 1 else n
+        if n.target not in (operator.add, torch.add) or len(n.args) != 2 or n.kwargs or not is_activation(self.traced, reader):
+            return False
+        module: Any = self.fetch_attr(str(reader.target))
+        first, second = (self.env[source] for source in n.all_input_nodes)
+        return module.adds and first.shape == second.shape and first.dtype == second.dtype
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
@@ -282,10 +298,13 @@ class TimeFolded(LayerRunner):
             return z.unflatten(0, (self.steps, self.images))
         return z.expand(self.steps, *z.shape)
 
+    def is_room(self, source: fx.Node) -> bool:
+        """Whether spikes may go into the currents of the node `source`, since nobody else reads them."""
+        return source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source)
+
     def room(self, z: Tensor) -> Tensor:
-        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where nobody else reads them."""
-        source = self.node.all_input_nodes[0]
-        if source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source):
+        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where they are room."""
+        if self.is_room(self.node.all_input_nodes[0]):
             return z
         shape = (self.steps * self.images, *z.shape[1:])
         layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
@@ -298,6 +317,15 @@ class TimeFolded(LayerRunner):
         did = module.respond(current, steps, self.time_steps, count=self.record)
         if mean is not None:
             self.records[name] = self._layer_run(did, mean, module.theta, steps)
+        return out
+
+    def _join(self, module: Any, summands: tuple[Tensor, Tensor], sources: list[fx.Node]) -> Tensor:
+        """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
+        rooms = zip(summands, sources, strict=True)
+        out = next((z for z, source in rooms if self.is_room(source)), None)
+        out = torch.empty_like(summands[0]) if out is None else out
+        first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*summands, out))
+        module.respond_to_sum(first, second, steps)
         return out
 
     def _layer_run(self, did: Firing, mean: Tensor, theta: Tensor, steps: Tensor) -> LayerRun:
