@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size
-from micelab.memory import device_budget, in_chunks
+from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
-CACHE_BUDGET = 4 * 2**20
-"""Bytes that the largest layer's activations of one chunk may take on a CPU: a chunk that spills the cache loses a third."""
+CACHE_BUDGET = 8 * 2**20
+"""Bytes that the largest layer's activations of one chunk take on a CPU, to begin with: a chunk that spills the cache loses a
+third, one that is too small leaves every call of a layer little to do. How much is best depends on the processor, the network
+and T (4 MB on one machine, 16 on another), so that a long simulation tries the half and the double of it too."""
 
 DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
@@ -129,6 +131,7 @@ class SpikingNetwork(nn.Module):
         self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
         self._largest: dict[tuple[int, ...], int] = {}
+        self._paces: dict[tuple[Any, ...], Pace] = {}
         self._shrink = 1
 
     @property
@@ -150,8 +153,8 @@ class SpikingNetwork(nn.Module):
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
-        through at a time (default: as many as fit the cache or the device budget), which does not change the result. Where
-        the device runs out of memory the chunk is halved, and stays so.
+        through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
+        many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
         """
         images = self._check(images, time_steps)
         if chunk is not None and chunk < 1:
@@ -178,10 +181,20 @@ class SpikingNetwork(nn.Module):
             self._shrink *= 1 if chunk else 2
 
         size = chunk or self.chunk(images, time_steps)
-        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved)
+        pace = None if chunk else self._pace(images, time_steps, record, size)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved, pace)
+
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int) -> Pace | None:
+        """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
+        sizes = sorted({max(1, guess // 2), guess, 2 * guess})
+        if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * sizes[-1]:
+            return None
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess)
+        return self._paces.setdefault(key, Pace(sizes, guess))
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
-        """How many images go through at a time: the largest layer's T steps of them fill the budget, one at the least."""
+        """How many images go through at a time to begin with: the largest layer's T steps of them fill the budget, one at the
+        least."""
         shape = tuple(images.shape[1:])
         if shape not in self._largest:
             probe = _Probe(self.layers)
