@@ -44,8 +44,8 @@ class Pace:
     """How many images go through a cache best, found out on the images themselves: each of `sizes` is timed twice, then the
     fastest is taken.
 
-    The first time of a size holds what libraries set up for a new shape, and another program may have held the processor: the
-    shorter of the two counts. `guess`, one of `sizes`, is used until then and stays unless another is 3 % faster.
+    The first time of a size holds what libraries set up for a new shape: the shorter of the two counts. `guess`, one of
+    `sizes`, is used until then and stays unless another is 3 % faster.
 
     >>> pace = Pace((8, 16, 32), guess=16)
     >>> for seconds in (1.0, 2.0, 3.0, 0.9, 1.7, 2.8):  # of 16, 8, 32, 16, 8 and 32 images
@@ -99,11 +99,11 @@ def in_chunks(
     start, told = 0, False
     while start < len(images):
         part = images[start : start + (size if pace is None else pace.size(len(images) - start))]
-        begun = time.perf_counter()
+        begun = time.thread_time()  # while another program has the processor it stands still
         result = _try(work, part)
         if result is not None:
             if pace is not None:
-                pace.took(len(part), time.perf_counter() - begun)
+                pace.took(len(part), time.thread_time() - begun)
             yield start, part, result[0]
             start += len(part)
             continue

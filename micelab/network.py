@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size
+from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
@@ -180,7 +180,7 @@ class SpikingNetwork(nn.Module):
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
-        size = chunk or self.chunk(images, time_steps)
+        size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
         pace = None if chunk else self._pace(images, time_steps, record, size)
         return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved, pace)
 
@@ -267,7 +267,7 @@ class TimeFolded(LayerRunner):
         if len(timed) == 2 and not self.record and self._is_joined(n):
             return tuple(self.env[source] for source in timed)
         if tensors and isinstance(self.env[tensors[0]], tuple):
-            return self._join(self.fetch_attr(str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
+            return self._join(module_of(self.traced, str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
         return super().run_node(n)
 
     def _is_joined(self, n: fx.Node) -> bool:
@@ -277,7 +277,7 @@ class TimeFolded(LayerRunner):
         reader = next(iter(n.users)) if len(n.users) == 1 else n
         if n.target not in (operator.add, torch.add) or len(n.args) != 2 or n.kwargs or not is_activation(self.traced, reader):
             return False
-        module: Any = self.fetch_attr(str(reader.target))
+        module = module_of(self.traced, str(reader.target))
         first, second = (self.env[source] for source in n.all_input_nodes)
         return module.adds and first.shape == second.shape and first.dtype == second.dtype
 

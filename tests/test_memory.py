@@ -103,7 +103,7 @@ def test_a_long_simulation_finds_the_fastest_chunk_and_keeps_it(snn, monkeypatch
         return simulate(part, *options)
 
     monkeypatch.setattr(snn, "_simulate", timed)
-    monkeypatch.setattr("micelab.memory.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("micelab.memory.time.thread_time", lambda: clock[0])
     monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
     run = snn.simulate(images, 3)
     assert asked == [2, 1, 4, 2, 1, 4, *[4] * 6, 2]
