@@ -152,9 +152,19 @@ def depth(traced: fx.GraphModule) -> int:
     return max(longest.values())
 
 
+_NEURONS = (*ACTIVATIONS, IntegrateFire)
+
+
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
-    return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), (*ACTIVATIONS, IntegrateFire))
+    return node.op == "call_module" and isinstance(module_of(traced, str(node.target)), _NEURONS)
+
+
+def module_of(traced: nn.Module, name: str) -> Any:
+    """The module `name` of a network: what `get_submodule` gives, in a tenth of its time, which one image would notice."""
+    for part in name.split("."):
+        traced = traced._modules[part]  # type: ignore[assignment]
+    return traced
 
 
 def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module], nn.Module]) -> fx.GraphModule:
@@ -429,6 +439,9 @@ class LayerRunner(fx.Interpreter):
         """What the activation `name` gives back for its input z; here the module's own value."""
         return module(z)
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return module_of(self.traced, target)(*args, **kwargs)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with full_precision(args[0].device if isinstance(args[0], Tensor) else torch.device("cpu")):
             return super().run(*args, **kwargs)
@@ -437,7 +450,7 @@ class LayerRunner(fx.Interpreter):
         try:
             if is_activation(self.traced, n):
                 args, _ = self.fetch_args_kwargs_from_env(n)
-                return self.activate(str(n.target), self.fetch_attr(str(n.target)), args[0])
+                return self.activate(str(n.target), module_of(self.traced, str(n.target)), args[0])
             out = super().run_node(n)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, InputError):

@@ -1,9 +1,11 @@
-"""How much goes through at a time: the memory that a chunk of images may take, and what happens where it is not there."""
+"""How much goes through at a time: the memory that a chunk of images may take, and what happens where it is not there; and
+the order in which a tensor lies in memory."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,10 +40,55 @@ def ran_out(error: RuntimeError) -> bool:
     )
 
 
+class Pace:
+    """How many images go through a cache best, found out on the images themselves: each of `sizes` is timed twice, then the
+    fastest is taken.
+
+    The first time of a size holds what libraries set up for a new shape: the shorter of the two counts. `guess`, one of
+    `sizes`, is used until then and stays unless another is 3 % faster.
+
+    >>> pace = Pace((8, 16, 32), guess=16)
+    >>> for seconds in (1.0, 2.0, 3.0, 0.9, 1.7, 2.8):  # of 16, 8, 32, 16, 8 and 32 images
+    ...     size = pace.size(images=64)
+    ...     pace.took(size, seconds)
+    >>> pace.size(images=64), pace.size(images=5)
+    (16, 5)
+    """
+
+    ROUNDS, MARGIN = 2, 0.97
+
+    def __init__(self, sizes: Sequence[int], guess: int):
+        self.guess = guess
+        self.times: dict[int, list[float]] = {guess: [], **{size: [] for size in sizes}}
+
+    @property
+    def best(self) -> int:
+        """The fastest size, or the guess while some have not been timed."""
+        if any(len(times) < self.ROUNDS for times in self.times.values()):
+            return self.guess
+        fastest = min(self.times, key=lambda size: min(self.times[size]))
+        return fastest if min(self.times[fastest]) < self.MARGIN * min(self.times[self.guess]) else self.guess
+
+    def size(self, images: int) -> int:
+        """How many of the `images` that are left go next: a size that has been timed less than others, or the best."""
+        waiting = [size for size, times in self.times.items() if len(times) < self.ROUNDS and size <= images]
+        size = min(waiting, key=lambda size: len(self.times[size])) if waiting else self.best
+        return min(size, images)
+
+    def took(self, images: int, seconds: float) -> None:
+        """Writes down how long so many images took; a piece of another size is a rest and says nothing."""
+        if images in self.times and len(self.times[images]) < self.ROUNDS:
+            self.times[images].append(seconds / images)
+
+
 def in_chunks(
-    images: Tensor, size: int, work: Callable[[Tensor], Result], halved: Callable[[], None] = lambda: None
+    images: Tensor,
+    size: int,
+    work: Callable[[Tensor], Result],
+    halved: Callable[[], None] = lambda: None,
+    pace: Pace | None = None,
 ) -> Iterator[tuple[int, Tensor, Result]]:
-    """(start, images[start : start + n], work of them) for all images [N, ...], n = `size` at a time.
+    """(start, images[start : start + n], work of them) for all images [N, ...], n = `size` at a time, or as `pace` finds best.
 
     Where the memory does not suffice, n is halved for the rest, `halved` is called, and the first time the log says so.
     Raises InputError where it does not suffice for one image.
@@ -51,9 +98,12 @@ def in_chunks(
     """
     start, told = 0, False
     while start < len(images):
-        part = images[start : start + size]
+        part = images[start : start + (size if pace is None else pace.size(len(images) - start))]
+        begun = time.thread_time()  # while another program has the processor it stands still
         result = _try(work, part)
         if result is not None:
+            if pace is not None:
+                pace.took(len(part), time.thread_time() - begun)
             yield start, part, result[0]
             start += len(part)
             continue
@@ -64,7 +114,7 @@ def in_chunks(
                 f"the memory of {images.device} does not suffice for one image: use fewer time-steps, or a smaller network, free "
                 "what else lies there, or simulate on the cpu"
             )
-        size = len(part) // 2
+        size, pace = len(part) // 2, None
         halved()
         if not told:
             told = True
@@ -79,3 +129,23 @@ def _try(work: Callable[[Tensor], Result], part: Tensor) -> tuple[Result] | None
         if not ran_out(error):
             raise
         return None
+
+
+def is_dense(step: Tensor) -> bool:
+    """Whether the values of one step fill their memory without holes, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(step.shape, step.stride(), strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_order_of(like: Tensor, values: Tensor) -> Tensor:
+    """`values` [T, N, ...] with every step in the memory order of `like`'s: itself where it is already."""
+    pairs = zip(like.shape[1:], like.stride()[1:], values.stride()[1:], strict=True)
+    if all(a == b for size, a, b in pairs if size > 1):
+        return values
+    if values.stride(0) == 0:  # the same at every step: one copy
+        return torch.empty_like(like[0], dtype=values.dtype).copy_(values[0]).expand_as(values)
+    return torch.empty_like(like, dtype=values.dtype).copy_(values)

@@ -7,6 +7,7 @@ first convolution) is computed once, not T times.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,12 +18,14 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size
-from micelab.memory import device_budget, in_chunks
+from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
+from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
-CACHE_BUDGET = 4 * 2**20
-"""Bytes that the largest layer's activations of one chunk may take on a CPU: a chunk that spills the cache loses a third."""
+CACHE_BUDGET = 8 * 2**20
+"""Bytes that the largest layer's activations of one chunk take on a CPU, to begin with: a chunk that spills the cache loses a
+third, one that is too small leaves every call of a layer little to do. How much is best depends on the processor, the network
+and T (4 MB on one machine, 16 on another), so that a long simulation tries the half and the double of it too."""
 
 DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
@@ -122,12 +125,13 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
         super().__init__()
-        self.layers = layers
+        self.layers = layers.to(memory_format=torch.channels_last)  # as the images: else each call copies its weights
         self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
         waits = any(neuron.waits for neuron in self.neurons.values())
         self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
         self._largest: dict[tuple[int, ...], int] = {}
+        self._paces: dict[tuple[Any, ...], Pace] = {}
         self._shrink = 1
 
     @property
@@ -149,8 +153,8 @@ class SpikingNetwork(nn.Module):
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
-        through at a time (default: as many as fit the cache or the device budget), which does not change the result. Where
-        the device runs out of memory the chunk is halved, and stays so.
+        through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
+        many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
         """
         images = self._check(images, time_steps)
         if chunk is not None and chunk < 1:
@@ -176,11 +180,21 @@ class SpikingNetwork(nn.Module):
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
-        size = chunk or self.chunk(images, time_steps)
-        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved)
+        size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
+        pace = None if chunk else self._pace(images, time_steps, record, size)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved, pace)
+
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int) -> Pace | None:
+        """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
+        sizes = sorted({max(1, guess // 2), guess, 2 * guess})
+        if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * sizes[-1]:
+            return None
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess)
+        return self._paces.setdefault(key, Pace(sizes, guess))
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
-        """How many images go through at a time: the largest layer's T steps of them fill the budget, one at the least."""
+        """How many images go through at a time to begin with: the largest layer's T steps of them fill the budget, one at the
+        least."""
         shape = tuple(images.shape[1:])
         if shape not in self._largest:
             probe = _Probe(self.layers)
@@ -250,7 +264,22 @@ class TimeFolded(LayerRunner):
                     self.env[source] = self.env[source].expand(self.steps, *self.env[source].shape).flatten(0, 1)
                     self.over_time.add(source)
         self.node = n
+        if len(timed) == 2 and not self.record and self._is_joined(n):
+            return tuple(self.env[source] for source in timed)
+        if tensors and isinstance(self.env[tensors[0]], tuple):
+            return self._join(module_of(self.traced, str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
         return super().run_node(n)
+
+    def _is_joined(self, n: fx.Node) -> bool:
+        """Whether the sum `n` of two currents is left to the neurons, which alone read it."""
+        if type(self).activate is not TimeFolded.activate:
+            return False
+        reader = next(iter(n.users)) if len(n.users) == 1 else n
+        if n.target not in (operator.add, torch.add) or len(n.args) != 2 or n.kwargs or not is_activation(self.traced, reader):
+            return False
+        module = module_of(self.traced, str(reader.target))
+        first, second = (self.env[source] for source in n.all_input_nodes)
+        return module.adds and first.shape == second.shape and first.dtype == second.dtype
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
@@ -282,10 +311,13 @@ class TimeFolded(LayerRunner):
             return z.unflatten(0, (self.steps, self.images))
         return z.expand(self.steps, *z.shape)
 
+    def is_room(self, source: fx.Node) -> bool:
+        """Whether spikes may go into the currents of the node `source`, since nobody else reads them."""
+        return source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source)
+
     def room(self, z: Tensor) -> Tensor:
-        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where nobody else reads them."""
-        source = self.node.all_input_nodes[0]
-        if source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source):
+        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where they are room."""
+        if self.is_room(self.node.all_input_nodes[0]):
             return z
         shape = (self.steps * self.images, *z.shape[1:])
         layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
@@ -298,6 +330,15 @@ class TimeFolded(LayerRunner):
         did = module.respond(current, steps, self.time_steps, count=self.record)
         if mean is not None:
             self.records[name] = self._layer_run(did, mean, module.theta, steps)
+        return out
+
+    def _join(self, module: Any, summands: tuple[Tensor, Tensor], sources: list[fx.Node]) -> Tensor:
+        """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
+        rooms = zip(summands, sources, strict=True)
+        out = next((z for z, source in rooms if self.is_room(source)), None)
+        out = torch.empty_like(summands[0]) if out is None else out
+        first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*summands, out))
+        module.respond_to_sum(first, second, steps)
         return out
 
     def _layer_run(self, did: Firing, mean: Tensor, theta: Tensor, steps: Tensor) -> LayerRun:

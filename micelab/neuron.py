@@ -7,6 +7,7 @@ Charge is conserved: theta*sum(s) + v(T) = theta*v0 + sum(I). Signed: a neuron t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 
-FUSED = {"cuda"}
-"""Types of device where the time loop is one kernel."""
+FUSED = {"cuda": "micelab.triton_neuron", "cpu": "micelab.compiled_neuron"}
+"""By type of device, the module whose `fire` does all steps in one pass where it can, and gives None where it cannot."""
 
 
 def integrate_and_fire(
@@ -63,24 +64,54 @@ def fire(
     out: Tensor,
     amplitude: bool = False,
     count: bool = False,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes the spikes of every step into `out` [T, N, ...]; gives back (count, residual), both [N, ...].
 
-    The one time loop of micelab: every simulation runs through it. `out` may be `current` itself. With `amplitude`,
-    theta*s(t) is written, what the next layer receives; only with `count` are the spikes summed over time. On CUDA the loop
-    is one kernel, `micelab.triton_neuron`, where that can run.
+    Every simulation runs through it. current [T, N, ...] and theta in activation units, v0 in units of theta. `out` may be
+    `current` itself. With `amplitude`, theta*s(t) is written, what the next layer receives; only with `count` are the spikes
+    summed over time. `plus`: a second current [T, N, ...] that is added to the first, as at the end of a residual block; `out`
+    may be it, too.
+
+    >>> current = torch.full((4, 1), 0.3)
+    >>> count, residual = fire(current, torch.tensor(1.0), 0.5, False, current, count=True, plus=current.clone())
+    >>> count.tolist(), current.flatten().tolist()
+    ([2.0], [1.0, 0.0, 1.0, 0.0])
+
+    All steps are done in one pass where that can be: by a Triton kernel on CUDA, by compiled C on a CPU. Elsewhere
+    `step_by_step` does it. All give the same numbers.
     """
     if current.device.type in FUSED:
-        from micelab import triton_neuron
-
-        fused = triton_neuron.fire(current, theta, v0, signed, out, amplitude, count)
+        module = import_module(FUSED[current.device.type])
+        fused = module.fire(current, theta, v0, signed, out, amplitude, count, plus)
         if fused is not None:
             return fused
+    return step_by_step(current, theta, v0, signed, out, amplitude, count, plus)
+
+
+@torch.no_grad()
+def step_by_step(
+    current: Tensor,
+    theta: Tensor,
+    v0: Tensor | float,
+    signed: bool,
+    out: Tensor,
+    amplitude: bool = False,
+    count: bool = False,
+    plus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `fire` does, by a plain loop over the steps on any device: what the fused neurons must equal spike for spike.
+
+    >>> out = torch.empty(4, 1)
+    >>> count, residual = step_by_step(torch.full((4, 1), 0.3), torch.tensor(1.0), 0.5, False, out, count=True)
+    >>> count.tolist(), out.flatten().tolist()
+    ([1.0], [0.0, 1.0, 0.0, 0.0])
+    """
     theta = over_channels(theta, current, channel_dim=2)
     v = torch.empty_like(current[0]).copy_((over_channels(v0, current, channel_dim=2) * theta).expand_as(current[0]))
     fired = torch.zeros_like(v) if signed or count else v.new_empty(0)
     for t in range(current.shape[0]):
-        v += current[t]
+        v += current[t] if plus is None else current[t] + plus[t]
         spike = torch.ge(v, theta, out=out[t])
         if signed:
             spike -= ((v < 0) & (fired > 0)).to(spike.dtype)
@@ -134,6 +165,12 @@ class IntegrateFire(nn.Module):
         self.register_buffer("v0", torch.as_tensor(v0, dtype=torch.float32).detach().clone().to(self.theta.device))
         self.signed = signed
 
+    @property
+    def adds(self) -> bool:
+        """Whether `respond_to_sum` may be used: not where a kind of neuron has its own `drive` or `respond`."""
+        kind = type(self)
+        return kind.drive is IntegrateFire.drive and kind.respond is IntegrateFire.respond
+
     def drive(self, current: Tensor) -> Tensor:
         """The current that charges the membrane, [T, N, ...], for the one that arrives, [T, N, ...]; here the same."""
         return current
@@ -145,6 +182,10 @@ class IntegrateFire(nn.Module):
         """
         sent, residual = fire(current, self.theta, self.v0, self.signed, out, amplitude=True, count=count)
         return Firing(sent, residual, self.v0)
+
+    def respond_to_sum(self, first: Tensor, second: Tensor, out: Tensor) -> None:
+        """Writes theta*s(t) for the sum of two currents [T, N, ...] into `out`, which may be one of them; only if `adds`."""
+        fire(first, self.theta, self.v0, self.signed, out, amplitude=True, plus=second)
 
     def forward(self, current: Tensor) -> Tensor:
         """theta*s(t), [T, N, ...], for currents [T, N, ...]."""

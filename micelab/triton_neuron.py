@@ -17,6 +17,7 @@ from torch import Tensor
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
+from micelab.memory import in_order_of, is_dense
 
 try:
     import triton
@@ -139,7 +140,7 @@ def fire(
     if not out.is_floating_point() and (amplitude or (signed and out.dtype == torch.uint8)):
         what = "theta*s is a real number" if amplitude else "a signed neuron also sends -1"
         raise InputError(f"spikes are to be written as {out.dtype}, but {what}: use {'a floating type' if amplitude else 'int8'}")
-    room = out if _is_dense(out[0]) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    room = out if is_dense(out[0]) else torch.empty_like(out, memory_format=torch.contiguous_format)
     if room[0].numel() >= 2**31:
         raise InputError(f"one step has {room[0].numel():,} neurons, and the kernel counts to 2^31: give a smaller chunk")
     theta = over_channels(theta, current, channel_dim=2)
@@ -149,8 +150,8 @@ def fire(
     else:
         start = over_channels(v0, current, channel_dim=2) * theta
         theta, start = (value.flatten().expand(max(theta.numel(), start.numel())).contiguous() for value in (theta, start))
-    current = _in_order_of(room, current)
-    plus = None if plus is None else _in_order_of(room, plus)
+    current = in_order_of(room, current)
+    plus = None if plus is None else in_order_of(room, plus)
     fired, residual = _fire_op(current, plus, theta, start, room, signed, amplitude, count)
     if room is not out:
         out.copy_(room)
@@ -176,26 +177,6 @@ def _reason(has_triton: bool, capability: tuple[int, int]) -> str | None:
 @cache
 def _say_once(why: str) -> None:
     log.warning("%s", why)
-
-
-def _is_dense(step: Tensor) -> bool:
-    """Whether the values of one step fill their memory without holes, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(step.shape, step.stride(), strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _in_order_of(like: Tensor, values: Tensor) -> Tensor:
-    """`values` [T, N, ...] with every step in the memory order of `like`'s: itself where it is already."""
-    pairs = zip(like.shape[1:], like.stride()[1:], values.stride()[1:], strict=True)
-    if all(a == b for size, a, b in pairs if size > 1):
-        return values
-    if values.stride(0) == 0:  # the same at every step: one copy
-        return torch.empty_like(like[0], dtype=values.dtype).copy_(values[0]).expand_as(values)
-    return torch.empty_like(like, dtype=values.dtype).copy_(values)
 
 
 def run_kernel(

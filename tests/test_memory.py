@@ -90,3 +90,47 @@ def test_budget_is_an_eighth_of_what_the_driver_and_the_allocator_have_free(free
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: used)
     assert memory.device_budget(torch.device("cuda"), DEVICE_BUDGET) == budget
     assert memory.device_budget(torch.device("mps"), DEVICE_BUDGET) == DEVICE_BUDGET
+
+
+def test_a_long_simulation_finds_the_fastest_chunk_and_keeps_it(snn, monkeypatch):
+    images, seconds, asked = torch.rand(40, 1, 8, 8), {1: 3.0, 2: 2.0, 4: 1.0}, []
+    expected = snn.simulate(images, 3, chunk=40)
+    clock, simulate = [0.0], snn._simulate
+
+    def timed(part, *options):
+        asked.append(len(part))
+        clock[0] += len(part) * seconds.get(len(part), 9.0) * (10 if asked.count(len(part)) == 1 else 1)
+        return simulate(part, *options)
+
+    monkeypatch.setattr(snn, "_simulate", timed)
+    monkeypatch.setattr("micelab.memory.time.thread_time", lambda: clock[0])
+    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
+    run = snn.simulate(images, 3)
+    assert asked == [2, 1, 4, 2, 1, 4, *[4] * 6, 2]
+    assert torch.equal(expected.logits, run.logits)
+    for name, layer in run.layers.items():
+        assert torch.equal(expected.layers[name].count, layer.count)
+    asked.clear()
+    assert torch.equal(expected.logits, snn.simulate(images, 3).logits)
+    assert asked == [4] * 10
+
+
+def test_few_images_are_not_used_to_try_chunks(snn, monkeypatch):
+    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
+    assert [len(part) for part, _ in snn.stream(torch.rand(7, 1, 8, 8), 3)] == [2, 2, 2, 1]
+
+
+def test_the_guess_stays_where_no_other_chunk_is_clearly_faster():
+    pace = memory.Pace((4, 8, 16), guess=8)
+    for size, seconds in ((8, 1.0), (4, 0.99), (16, 0.98)) * 2:
+        pace.took(size, size * seconds)
+    assert pace.best == 8
+
+
+def test_a_chunk_is_halved_while_sizes_are_tried(snn, monkeypatch):
+    images = torch.rand(20, 1, 8, 8)
+    expected = snn.simulate(images, 3, record=False).logits
+    card = Card(snn, monkeypatch, images=2)
+    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 4 * 16 * 64 * 4 * 3)
+    assert torch.equal(expected, snn.simulate(images, 3, record=False).logits)
+    assert card.asked == [4, *[2] * 10]

@@ -187,7 +187,7 @@ def test_a_whole_simulation_through_the_kernel_equals_the_cpus(signed, monkeypat
     ann, images = micelab.small_cnn(activation="quant_clip", theta=0.5), torch.rand(3, 1, 8, 8)
     snn = micelab.convert(ann, "qcfs", signed=signed)
     expected = snn.simulate(images, 4, spikes=True)
-    monkeypatch.setattr(neuron, "FUSED", {"cpu"})
+    monkeypatch.setattr(neuron, "FUSED", {"cpu": "micelab.triton_neuron"})
     run = snn.simulate(images, 4, spikes=True)
     assert torch.equal(expected.logits, run.logits)
     for name, layer in run.layers.items():

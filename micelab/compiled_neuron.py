@@ -1,0 +1,195 @@
+"""The integrate-and-fire neuron on a CPU in one pass: `neuron.c`, compiled when it is first needed.
+
+Same contract as `micelab.neuron.fire`, spike for spike: every sum and product is rounded as the loop rounds it. Each current is
+read once and each spike written once, in memory order, so that channels_last and contiguous tensors are the same to it.
+
+The C compiler is $CC, or else `cc`, `gcc` or `clang`. What it makes is kept in the user's cache folder ($XDG_CACHE_HOME, or
+~/.cache), under a name that holds the processor, the compiler's options and the source. Before it is used it must give the
+loop's numbers on a few thousand neurons. Where any of this fails the loop runs instead, and the log says why, once.
+MICELAB_COMPILE=0 in the environment asks for the loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from micelab.activation import over_channels
+from micelab.memory import in_order_of, is_dense
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("neuron.c")
+COMPILERS = ("cc", "gcc", "clang")
+OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
+"""`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
+
+ALONE = 2**15
+"""Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
+
+
+def fire(
+    current: Tensor,
+    theta: Tensor,
+    v0: Tensor | float,
+    signed: bool,
+    out: Tensor,
+    amplitude: bool = False,
+    count: bool = False,
+    plus: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """What `micelab.neuron.fire` does, (count, residual), in one pass; None where it cannot run here.
+
+    current [T, N, ...] fp32 (other types are the loop's); out: like `current`, and it may be `current` or `plus` itself.
+    """
+    if current.dtype != torch.float32 or out.dtype != torch.float32 or not is_dense(out[0]) or not current.numel():
+        return None
+    function = compiled()
+    return None if function is None else _call(function, current, theta, v0, signed, out, amplitude, count, plus)
+
+
+def _call(
+    function: Any,
+    current: Tensor,
+    theta: Tensor,
+    v0: Tensor | float,
+    signed: bool,
+    out: Tensor,
+    amplitude: bool,
+    count: bool,
+    plus: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    step = out[0]
+    bound = over_channels(theta, current, channel_dim=2)
+    start = over_channels(v0, current, channel_dim=2) * bound
+    current = in_order_of(out, current)
+    plus = None if plus is None else in_order_of(out, plus)
+    bound, start = _laid_out(bound, step), _laid_out(start, step)
+    residual = torch.empty_like(step)
+    fired = torch.empty_like(step) if count else step.new_empty(0)
+    threads = torch.get_num_threads() if out.numel() >= ALONE else 1
+    function(
+        *(current.data_ptr(), None if plus is None else plus.data_ptr(), bound.data_ptr(), start.data_ptr(), out.data_ptr()),
+        *(fired.data_ptr() if count else None, residual.data_ptr(), step.numel()),
+        *(current.stride(0), 0 if plus is None else plus.stride(0), out.stride(0), bound.numel(), start.numel()),
+        *(len(out), int(signed), int(amplitude), threads),
+    )
+    return fired, residual
+
+
+def _laid_out(value: Tensor, step: Tensor) -> Tensor:
+    """`value` (a number, one a channel, or one a neuron) in the memory order of `step`: all the numbers, or one image's."""
+    if value.numel() == 1:
+        return value.contiguous()
+    like = step[:1] if value.dim() < step.dim() and is_dense(step[:1]) else step
+    return torch.empty_like(like).copy_(value.expand_as(like))
+
+
+@cache
+def compiled() -> Any:
+    """The C function, or None where there is none: the log says why, once."""
+    if os.environ.get("MICELAB_COMPILE") == "0":
+        return None
+    try:
+        function = load(compiler())
+        if function is not None and _equal(function):
+            return function
+        why = "what the C compiler makes of the neuron gives other numbers than the loop"
+    except (OSError, subprocess.SubprocessError) as error:
+        why = str(error)
+    log.warning("%s: neurons run step by step instead, the same spikes, more slowly (MICELAB_COMPILE=0 ends this message)", why)
+    return None
+
+
+def compiler() -> str:
+    """The C compiler. Raises FileNotFoundError where there is none."""
+    wanted = os.environ.get("CC")
+    for name in (wanted,) if wanted else COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise FileNotFoundError(f"no C compiler is here ({wanted or ', '.join(COMPILERS)})")
+
+
+def load(cc: str) -> Any:
+    """The C function, compiled by `cc` unless it is in the cache folder; with threads where the compiler knows OpenMP."""
+    errors = []
+    for threads in (("-fopenmp",), ()):
+        try:
+            library = ctypes.CDLL(str(_built(cc, threads)))
+        except (OSError, subprocess.SubprocessError) as error:
+            errors.append(_first_line(error))
+            continue
+        function = library.fire
+        function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 7 + [ctypes.c_int] * 3
+        function.restype = None
+        return function
+    raise OSError(f"the C compiler {cc} failed ({errors[-1]})")
+
+
+def _built(cc: str, threads: tuple[str, ...]) -> Path:
+    options = (*OPTIONS, *threads)
+    marks = "\n".join([SOURCE.read_text(), cc, *options, platform.platform(), _features()])
+    file = f"neuron-{hashlib.sha256(marks.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micelab"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (folder / file).exists():
+            _build(cc, options, folder / file)
+    except (OSError, RuntimeError):  # no home, or not writable: for this process only
+        folder = Path(tempfile.mkdtemp(prefix="micelab-"))
+        _build(cc, options, folder / file)
+    return folder / file
+
+
+def _build(cc: str, options: tuple[str, ...], target: Path) -> None:
+    """Compiles and links without naming an OpenMP library: torch's own is in the process, and two would fight for cores."""
+    with tempfile.TemporaryDirectory(prefix="micelab-") as folder:
+        part, made = Path(folder) / "neuron.o", Path(folder) / "neuron.so"
+        shared = ["-shared"] if platform.system() != "Darwin" else ["-shared", "-undefined", "dynamic_lookup"]
+        for command in ([cc, *options, "-c", str(SOURCE), "-o", str(part)], [cc, *shared, str(part), "-o", str(made)]):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        shutil.copy(made, partial)
+        partial.replace(target)
+
+
+def _features() -> str:
+    """What tells processors apart, so that a cache folder that several machines share holds a file for each kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    marks = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "\n".join(sorted(set(marks))) or platform.processor()
+
+
+def _first_line(error: Exception) -> str:
+    lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _equal(function: Any) -> bool:
+    """Whether the function gives the loop's numbers on a few thousand neurons, plain and signed."""
+    from micelab.neuron import step_by_step
+
+    current = torch.randn(5, 2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    theta, start = torch.tensor([0.3, 1.1, 0.7]), torch.tensor(0.5)
+    for signed in (False, True):
+        expected, found = torch.empty_like(current), torch.empty_like(current)
+        numbers = step_by_step(current, theta, start, signed, expected, True, True, current)
+        others = _call(function, current, theta, start, signed, found, True, True, current)
+        pairs = [(expected, found), *zip(numbers, others, strict=True)]
+        if not all(torch.equal(a, b) for a, b in pairs):
+            return False
+    return True

@@ -1,0 +1,195 @@
+"""The compiled neuron against the loop, bit for bit, in every layout; and what happens without a compiler that works."""
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from micelab import compiled_neuron, neuron
+from micelab.convert import convert
+from micelab.models import resnet20
+from micelab.network import SpikingNetwork
+
+try:
+    compiled_neuron.compiler()
+    HERE = True
+except OSError:
+    HERE = False
+needs_compiler = pytest.mark.skipif(not HERE, reason="no C compiler")
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(current, theta, v0, signed, amplitude, count, plus, same_place=False):
+    """(spikes, count, residual) of the compiled neuron and of the loop."""
+    results = []
+    for way in (compiled_neuron.fire, neuron.step_by_step):
+        given = current.clone() if same_place else current
+        out = given if same_place else torch.full_like(current, torch.nan)
+        results.append((out, *way(given, theta, v0, signed, out, amplitude, count, plus)))
+    return results
+
+
+@needs_compiler
+@given(
+    steps=st.integers(1, 40),
+    images=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    side=st.integers(1, 7),
+    theta=st.sampled_from(["number", "channel"]),
+    start=st.sampled_from(["number", "channel", "neuron"]),
+    channels_last=st.booleans(),
+    constant=st.booleans(),
+    seed=st.integers(0, 999),
+    flags=st.tuples(*[st.booleans()] * 5),
+)
+def test_compiled_neuron_equals_the_loop_bit_for_bit(
+    steps, images, channels, side, theta, start, channels_last, constant, seed, flags
+):
+    signed, amplitude, count, with_plus, same_place = flags
+    shape = (images, channels, side, side)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    make = lambda n, seed: drawn(n * images, *shape[1:], seed=seed).contiguous(memory_format=layout).unflatten(0, (n, images))
+    current = make(1, seed).expand(steps, *shape) if constant else make(steps, seed)
+    theta = torch.tensor(0.7) if theta == "number" else drawn(channels, seed=seed).abs() + 0.1
+    v0 = {"number": 0.5, "channel": drawn(channels, seed=1), "neuron": drawn(*shape, seed=2)}[start]
+    plus = make(steps, seed + 1) if with_plus else None
+    (a, *others), (b, *expected) = both(current, theta, v0, signed, amplitude, count, plus, same_place)
+    assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(others[not count :], expected[not count :], strict=True))
+
+
+@needs_compiler
+def test_compiled_neuron_takes_flat_layers_and_any_number_of_threads():
+    current = drawn(9, 5, 4001)
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            (a, *others), (b, *expected) = both(current, drawn(4001).abs() + 0.1, 0.5, False, True, True, None)
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(a, b)
+        assert all(map(torch.equal, others, expected))
+
+
+@needs_compiler
+@pytest.mark.parametrize("record", [True, False])
+def test_a_network_gives_the_same_numbers_with_and_without_it(record, monkeypatch):
+    torch.manual_seed(0)
+    ann, images = resnet20(width=4), torch.rand(5, 3, 16, 16)
+    snn = convert(ann, "max", images)
+    fast = snn.simulate(images, 6, record=record)
+    monkeypatch.delitem(neuron.FUSED, "cpu")
+    slow = snn.simulate(images, 6, record=record)
+    assert torch.equal(fast.logits, slow.logits)
+    for name, layer in slow.layers.items():
+        assert torch.equal(layer.count, fast.layers[name].count)
+        assert torch.equal(layer.residual, fast.layers[name].residual)
+
+
+def test_sums_of_two_currents_are_left_to_the_neurons_only_where_nobody_else_reads_them(monkeypatch):
+    torch.manual_seed(0)
+    snn, joined = convert(resnet20(width=4), "max", torch.rand(2, 3, 16, 16)), []
+    fire = neuron.fire
+    monkeypatch.setattr(neuron, "fire", lambda *args, plus=None, **more: joined.append(plus) or fire(*args, plus=plus, **more))
+    run = snn.simulate(torch.rand(2, 3, 16, 16), 3)
+    assert not any(plus is not None for plus in joined)
+    joined.clear()
+    bare = snn.simulate(torch.rand(2, 3, 16, 16), 3, record=False)
+    assert sum(plus is not None for plus in joined) == 9
+    assert run.logits.shape == bare.logits.shape
+
+
+def test_other_types_and_scattered_room_are_left_to_the_loop():
+    current = drawn(3, 2, 4)
+    assert compiled_neuron.fire(current.double(), torch.tensor(1.0), 0.5, False, current.double()) is None
+    assert compiled_neuron.fire(current, torch.tensor(1.0), 0.5, False, drawn(3, 2, 8)[..., ::2]) is None
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a new process with an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MICELAB_COMPILE", raising=False)
+    compiled_neuron.compiled.cache_clear()
+    yield tmp_path
+    compiled_neuron.compiled.cache_clear()
+
+
+def spikes_of(snn: SpikingNetwork):
+    return snn.simulate(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)), 3, record=False).logits
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        (None, "no C compiler is here (/nowhere/cc): neurons run step by step instead"),
+        ("#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n", "failed (fatal error: no such thing): neurons run"),
+        ("#!/bin/sh\nexit 0\n", "neurons run step by step instead"),
+    ],
+    ids=["missing", "fails", "makes nothing"],
+)
+def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(script, text, fresh, monkeypatch, caplog):
+    torch.manual_seed(0)
+    snn = convert(resnet20(width=4), "max", torch.rand(2, 3, 16, 16))
+    expected = spikes_of(snn)
+    compiled_neuron.compiled.cache_clear()
+    caplog.clear()
+    place = fresh / "cc"
+    if script is not None:
+        place.write_text(script)
+        place.chmod(0o755)
+    monkeypatch.setenv("CC", "/nowhere/cc" if script is None else str(place))
+    monkeypatch.setattr(compiled_neuron, "SOURCE", copied(compiled_neuron.SOURCE, fresh))
+    assert torch.equal(expected, spikes_of(snn))
+    assert torch.equal(expected, spikes_of(snn))
+    assert len(caplog.records) == 1
+    assert text in caplog.records[0].getMessage()
+
+
+@needs_compiler
+def test_a_neuron_that_gives_other_numbers_is_not_used(fresh, monkeypatch, caplog):
+    wrong = copied(compiled_neuron.SOURCE, fresh)
+    wrong.write_text(wrong.read_text().replace("v[i] >= theta[i]", "v[i] > 0.5f * theta[i]"))
+    monkeypatch.setattr(compiled_neuron, "SOURCE", wrong)
+    assert compiled_neuron.compiled() is None
+    assert "gives other numbers than the loop" in caplog.text
+
+
+@needs_compiler
+def test_the_compiled_neuron_is_kept_and_made_once(fresh, monkeypatch):
+    assert compiled_neuron.compiled() is not None
+    assert len(list((fresh / "micelab").glob("neuron-*.so"))) == 1
+    compiled_neuron.compiled.cache_clear()
+
+    def never(*_, **__):
+        raise AssertionError("it was compiled again")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    assert compiled_neuron.compiled() is not None
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch, caplog):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
+    assert compiled_neuron.compiled() is not None
+    assert not caplog.records
+
+
+def test_the_loop_can_be_asked_for(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("MICELAB_COMPILE", "0")
+    assert compiled_neuron.compiled() is None
+    assert not caplog.records
+
+
+def copied(source, folder):
+    """The source under another date, so that what the cache holds of it is not taken."""
+    place = folder / source.name
+    place.write_text(source.read_text() + "\n")
+    return place
