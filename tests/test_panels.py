@@ -308,3 +308,5 @@ def test_the_first_message_of_a_figure_holds_all_of_it(monkeypatch, parts):
     drawn = [panels[0].accuracy, panels[0].errors, *panels[1].drawn]
     assert [len(figure.data) for figure in drawn] == [len(state["_widget_data"]) for state in states]
     assert all(state["_widget_layout"]["height"] for state in states)
+    assert all(len(state["_esm"]) < 5_000 for state in states)  # plotly's own code is sent once, by the library
+    assert len({state["_library"] for state in states}) == 1
