@@ -1,5 +1,6 @@
 """JupyterLab in a real browser: starts both, opens a notebook, and keeps what the page logs and asks for."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `pip install micelab[test]`")
 
 CHROMIUM = os.environ.get("MICELAB_CHROMIUM", "/usr/bin/chromium")
 QUIET = [
@@ -25,6 +30,21 @@ QUIET = [
 ]
 TOKEN = "micelab"
 KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
+NUMBERS = ".jupyter-widgets.widget-htmlmath"
+SEEN = """() => {  // what the reader sees of the panels: the numbers of the traces, their drawing, the numbers beside them
+    const plots = [...document.querySelectorAll(".js-plotly-plot")];
+    const plain = value => ArrayBuffer.isView(value) ? Array.from(value) : value;
+    const values = trace => [trace.x, trace.y, trace.z].map(array => Array.from(array || [], plain));
+    return {
+        curves: JSON.stringify(plots.map(plot => plot._fullData.map(values))),
+        drawing: plots.map(plot => [...plot.querySelectorAll(".cartesianlayer, .shapelayer")].map(e => e.innerHTML)).join(),
+        numbers: [...document.querySelectorAll("NUMBERS")].map(element => element.textContent).join(),
+    };
+}""".replace("NUMBERS", NUMBERS)
+DRAWN = """many => {
+    const plots = [...document.querySelectorAll(".js-plotly-plot")];
+    return plots.length === many && plots.every(plot => plot._fullData?.length && plot.querySelector(".trace, .hm"));
+}"""
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none", "recordTiming": false}',
@@ -71,9 +91,9 @@ def jupyter(folder):
 class Page:
     """One notebook open in a browser; `errors` of its console and `strays`, requests that left the machine."""
 
-    def __init__(self, browser, address, notebook, width=1100):
-        self.page = browser.new_page(viewport={"width": width, "height": 900})
-        self.errors, self.strays = [], []
+    def __init__(self, browser, address, notebook, width=1100, height=900):
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.address, self.errors, self.strays = address, [], []
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", self._asked)
@@ -101,23 +121,47 @@ class Page:
         failed = self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
         assert failed.count() == 0, failed.first.text_content()
 
-    def curves(self):
-        """The numbers of every trace of every figure on the page, as plotly holds them."""
-        return self.page.evaluate(
-            "() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullData.map("
-            "trace => ({x: Array.from(trace.x || []), y: Array.from(trace.y || [])})))"
-        )
+    def figures_drawn(self, many, timeout=120_000):
+        """Waits until that many figures are on the page, each with its traces: none may stay empty."""
+        try:
+            self.page.wait_for_function(DRAWN, arg=many, timeout=timeout, polling=200)
+        except playwright.TimeoutError:
+            found = "[...document.querySelectorAll('.js-plotly-plot')].map(plot => (plot._fullData || []).length)"
+            raise AssertionError(f"{many} figures were expected; traces of those there: {self.page.evaluate(found)}") from None
 
-    def drawn(self):
-        """The lines of every figure on the page, as they are drawn."""
-        return self.page.evaluate(
-            "() => [...document.querySelectorAll('.js-plotly-plot .trace path, .js-plotly-plot .points path')].map("
-            "path => path.getAttribute('d'))"
-        )
+    def changes(self, act, *, what=("curves", "drawing", "numbers"), timeout=20_000):
+        """Acts, then waits until all of `what` is another: the figures' numbers, their drawing, the numbers beside them."""
+        self.page.evaluate(f"() => {{ window.seen = ({SEEN})(); }}")
+        act()
+        try:
+            changed = f"what => {{ const now = ({SEEN})(); return what.every(key => now[key] !== window.seen[key]); }}"
+            self.page.wait_for_function(changed, arg=list(what), timeout=timeout, polling=100)
+        except playwright.TimeoutError:
+            same = f"what => {{ const now = ({SEEN})(); return what.filter(key => now[key] === window.seen[key]); }}"
+            raise AssertionError(f"still as before: {self.page.evaluate(same, list(what))}") from None
+
+    def press(self, number, *keys):
+        """Moves a slider by keyboard."""
+        handle = self.page.locator(".noUi-handle").nth(number)
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def says(self, words, timeout=20_000):
+        """Waits until these words stand beside the figures."""
+        self.page.locator(NUMBERS).filter(has_text=words).first.wait_for(timeout=timeout)
 
     def numbers(self):
         """The words and numbers beside the panels' figures."""
-        return " ".join(self.page.locator(".jupyter-widgets.widget-htmlmath").all_text_contents())
+        return " ".join(self.page.locator(NUMBERS).all_text_contents())
 
     def close(self):
+        """Closes the page and ends its kernel, which JupyterLab would keep."""
         self.page.close()
+        sessions = f"{self.address}/api/sessions"
+        with urllib.request.urlopen(f"{sessions}?token={TOKEN}", timeout=60) as answer:
+            running = json.load(answer)
+        for session in running:
+            end = urllib.request.Request(f"{sessions}/{session['id']}?token={TOKEN}", method="DELETE")
+            urllib.request.urlopen(end, timeout=60).close()

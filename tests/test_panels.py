@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import ipywidgets
 import pytest
 import torch
 from hypothesis import given
@@ -291,3 +292,21 @@ def test_without_ipywidgets_one_sentence_names_the_remedy():
     first, second = done.stdout.strip().splitlines()
     assert first == "panels need ipywidgets and plotly: run `pip install micelab[course]`"
     assert second == "predictions need ipywidgets: run `pip install micelab[course]`"
+
+
+def test_the_first_message_of_a_figure_holds_all_of_it(monkeypatch, parts):
+    opened = []
+    make = ipywidgets.widgets.widget.comm.create_comm
+
+    def noting(**message):
+        opened.append(message)
+        return make(**message)
+
+    monkeypatch.setattr(ipywidgets.widgets.widget.comm, "create_comm", noting)
+    panels = [TimePanel(*parts), StaircasePanel()]
+    states = [message["data"]["state"] for message in opened if "_widget_data" in message["data"]["state"]]
+    drawn = [panels[0].accuracy, panels[0].errors, *panels[1].drawn]
+    assert [len(figure.data) for figure in drawn] == [len(state["_widget_data"]) for state in states]
+    assert all(state["_widget_layout"]["height"] for state in states)
+    assert all(len(state["_esm"]) < 5_000 for state in states)  # plotly's own code is sent once, by the library
+    assert len({state["_library"] for state in states}) == 1

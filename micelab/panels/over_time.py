@@ -12,8 +12,9 @@ from micelab import figures, pictures
 from micelab.errors import ErrorTable
 from micelab.exceptions import InputError
 from micelab.metrics import AccuracyCurve
+from micelab.panels.drawing import Drawing
 from micelab.panels.image import as_png
-from micelab.panels.panel import bundle, go, widgets
+from micelab.panels.panel import bundle, widgets
 
 
 class TimePanel:
@@ -44,17 +45,14 @@ class TimePanel:
             layout=widgets.Layout(width="420px"),
         )  # fmt: skip
         self.words = widgets.HTML()
-        self.accuracy = go.FigureWidget(figures.accuracy_over_time([curve], ann_accuracy))
-        self.accuracy.add_scatter(
+        accuracy = figures.accuracy_over_time([curve], ann_accuracy).update_layout(height=320)
+        accuracy.add_scatter(
             x=[steps[0]], y=[0.0], mode="markers", marker={"size": 14, "symbol": "circle-open", "line": {"width": 3}}, name="now",
             showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-        self.errors = go.FigureWidget(figures.error_bars(self.tables[steps[0]]))
-        self.strip = widgets.HTML()
         top = max(max(values) for table in self.tables.values() for values in pictures.relative_errors(table).values())
-        self.errors.update_layout(height=360)
-        self.errors.update_yaxes(range=[0, 105 * top])
-        self.accuracy.update_layout(height=320)
+        errors = figures.error_bars(self.tables[steps[0]]).update_layout(height=360).update_yaxes(range=[0, 105 * top])
+        self.accuracy, self.errors, self.strip = Drawing(accuracy), Drawing(errors), widgets.HTML()
         self.view = widgets.VBox([self.slider, self.words, self.strip, self.accuracy, self.errors])
         self.slider.observe(self._moved, names="value")
         self._moved()

@@ -8,6 +8,7 @@ from typing import Any
 
 from micelab.exceptions import MicelabError
 from micelab.figures.style import Spec, legend_rows
+from micelab.panels.drawing import Drawing
 from micelab.still import still
 
 try:
@@ -34,7 +35,7 @@ class Panel:
         """Puts controls, formula (LaTeX) and live numbers above the figures."""
         self.formula, self.numbers = widgets.HTMLMath(formula), widgets.HTMLMath(self.live())
         self.shown = self.specs()
-        self.drawn = [go.FigureWidget(go.Figure(spec).update_layout(self._frame(spec))) for spec in self.shown]
+        self.drawn = [Drawing(go.Figure(spec).update_layout(self._frame(spec))) for spec in self.shown]
         left = widgets.VBox(list(controls), layout=widgets.Layout(width="380px"))
         right = widgets.VBox([self.formula, self.numbers], layout=widgets.Layout(flex="1 1 320px", min_width="320px"))
         top = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -36,7 +37,7 @@ class CheckupPanel(Panel):
         first = next(iter(self.reports))
         self.state = Place(first, self._first_problem(first))
         look = {"layout": widgets.Layout(width="360px")}
-        self.network = widgets.ToggleButtons(options=list(self.reports), value=first, **look)
+        self.network = widgets.ToggleButtons(options=list(self.reports), value=first, style={"button_width": "110px"}, **look)
         self.layer = widgets.IntSlider(self.state.layer + 1, 1, len(self.reports[first].findings), description="layer", **look)
         self.next = widgets.Button(description="next problem", layout=widgets.Layout(width="150px"))
         connect(self.network, lambda name: self.choose(Place(name, self._first_problem(name))))
@@ -93,7 +94,7 @@ class CheckupPanel(Panel):
         found = self.finding
         colour = figures.VERDICT_COLOURS[found.verdict]
         said = f'<b>{escape(found.layer)}</b> ({escape(found.kind)}) <b style="color:{colour}">{_IS[found.verdict]}</b><br>'
-        said += escape(found.why)
+        said += re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(found.why))
         return said + (f"<br><b>Remedy:</b> {escape(found.remedy)}" if found.remedy else "")
 
 
