@@ -51,6 +51,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def sums_of_products(needed: bool = True) -> Iterator[None]:
+    """Convolutions as plain sums of products, where `needed`: no algorithm that transforms the weights first (Winograd, FFT).
+
+    Such algorithms leave a grid of powers of two. cuDNN and NNPACK have them and are not used; oneDNN is asked for none by torch.
+    What the caller had set is set again afterwards.
+    """
+    if not needed:
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
+
+
+@contextmanager
 def _ieee() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     backends: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
+from micelab.machine import sums_of_products
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
@@ -120,7 +121,8 @@ class SpikingNetwork(nn.Module):
 
     An ordinary module: `.to(device)`, `copy.deepcopy`, and `state_dict` (weights, thresholds and initial potentials).
     `method` and `hidden_steps` say how it was made and how many steps it spends beyond T; `turns` is 1, or the number of
-    layers in a row where each waits for all T steps of the one before.
+    layers in a row where each waits for all T steps of the one before; `most_steps`: the longest T it may be simulated for, on a
+    grid (`micelab.snap_to_grid`), or None.
     """
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
@@ -130,6 +132,7 @@ class SpikingNetwork(nn.Module):
         waits = any(neuron.waits for neuron in self.neurons.values())
         self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
+        self.most_steps: int | None = None
         self._largest: dict[tuple[int, ...], int] = {}
         self._paces: dict[tuple[Any, ...], Pace] = {}
         self._shrink = 1
@@ -208,6 +211,11 @@ class SpikingNetwork(nn.Module):
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:
             raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
+        if self.most_steps is not None and time_steps > self.most_steps:
+            raise InputError(
+                f"time_steps is {time_steps}, but this network was put on a grid for at most {self.most_steps}: beyond, sums may "
+                f"round; use micelab.snap_to_grid(..., time_steps={time_steps})"
+            )
         own = next(chain(self.layers.parameters(), self.layers.buffers()))
         if isinstance(images, Tensor) and images.device != own.device:
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
@@ -215,7 +223,7 @@ class SpikingNetwork(nn.Module):
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
     def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
-        with torch.inference_mode():
+        with torch.inference_mode(), sums_of_products(self.most_steps is not None):
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
