@@ -11,15 +11,15 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
-from micelab.machine import sums_of_products
+from micelab.graph import WEIGHTED, LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
+from micelab.machine import has_bf16, say_no_bf16, sums_of_products
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
@@ -30,6 +30,10 @@ and T (4 MB on one machine, 16 on another), so that a long simulation tries the 
 
 DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
+
+
+Precision = Literal["fp32", "bf16"]
+"""fp32 is exact; bf16 is a fast mode: convolutions and linear layers multiply bf16 numbers, membranes stay in fp32."""
 
 
 @dataclass
@@ -146,24 +150,33 @@ class SpikingNetwork(nn.Module):
         """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
         return time_steps * self.turns + self.hidden_steps
 
-    def forward(self, images: Tensor, time_steps: int | None = None) -> Tensor:
+    def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
-        return self.simulate(images, self.time_steps if time_steps is None else time_steps, record=False).logits[-1]
+        steps = self.time_steps if time_steps is None else time_steps
+        return self.simulate(images, steps, record=False, precision=precision).logits[-1]
 
     def simulate(
-        self, images: Tensor, time_steps: int = 8, record: bool = True, spikes: bool = False, chunk: int | None = None
+        self,
+        images: Tensor,
+        time_steps: int = 8,
+        record: bool = True,
+        spikes: bool = False,
+        chunk: int | None = None,
+        precision: Precision = "fp32",
     ) -> SimulationRun:
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
         through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
         many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
+        `precision="bf16"` is a fast mode of other numbers (docs/performance.md): where the device has no bf16 arithmetic the log
+        says so once, and fp32 is used.
         """
-        images = self._check(images, time_steps)
+        images, bf16 = self._check(images, time_steps), self._in_bf16(precision, images)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
         whole: SimulationRun | None = None
-        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk):
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, bf16):
             if len(part) == len(images):
                 return run
             whole = whole or _whole(run, len(images), images.device)
@@ -178,21 +191,21 @@ class SpikingNetwork(nn.Module):
             yield part, run
 
     def _parts(
-        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None
+        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, bf16: bool = False
     ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
         size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
-        pace = None if chunk else self._pace(images, time_steps, record, size)
-        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved, pace)
+        pace = None if chunk else self._pace(images, time_steps, record, size, bf16)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes, bf16), halved, pace)
 
-    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int) -> Pace | None:
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, bf16: bool) -> Pace | None:
         """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
         sizes = sorted({max(1, guess // 2), guess, 2 * guess})
         if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * sizes[-1]:
             return None
-        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess)
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, bf16)
         return self._paces.setdefault(key, Pace(sizes, guess))
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
@@ -222,9 +235,22 @@ class SpikingNetwork(nn.Module):
         images = check_images(images).to(own.dtype)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
-    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
+    def _in_bf16(self, precision: str, images: Tensor) -> bool:
+        if precision not in ("fp32", "bf16"):
+            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact) or 'bf16' (a fast mode)")
+        if precision == "fp32":
+            return False
+        if self.most_steps is not None:
+            raise InputError("precision is 'bf16', and this network is on a grid to be exact: simulate it in fp32")
+        device = str(images.device)
+        if not has_bf16(device):
+            say_no_bf16(device)
+            return False
+        return True
+
+    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, bf16: bool = False) -> SimulationRun:
         with torch.inference_mode(), sums_of_products(self.most_steps is not None):
-            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes)
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, bf16)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
@@ -254,9 +280,9 @@ class TimeFolded(LayerRunner):
     Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
     """
 
-    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
+    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool, bf16: bool = False):
         super().__init__(layers)
-        self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.time_steps, self.images, self.record, self.spikes, self.bf16 = time_steps, images, record, spikes, bf16
         self.steps, self.before = steps_to_run(layers, time_steps)
         self.records: dict[str, LayerRun] = {}
         self.over_time: set[fx.Node] = set()
@@ -288,6 +314,13 @@ class TimeFolded(LayerRunner):
         module = module_of(self.traced, str(reader.target))
         first, second = (self.env[source] for source in n.all_input_nodes)
         return module.adds and first.shape == second.shape and first.dtype == second.dtype
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With `bf16`, layers with weights that act at every step multiply bf16 numbers; what they give is fp32 again."""
+        if not self.bf16 or self.node not in self.over_time or not isinstance(module_of(self.traced, target), WEIGHTED):
+            return super().call_module(target, args, kwargs)
+        with torch.autocast(args[0].device.type, torch.bfloat16):
+            return super().call_module(target, args, kwargs).to(args[0].dtype)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
