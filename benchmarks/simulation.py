@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import micelab
 from micelab.checkpoint import write_whole
 from micelab.graph import replace_activations
+from micelab.int8 import has_int8
 from micelab.machine import full_precision, has_bf16, machine
 
 Way = Callable[[Tensor, int], Any]
@@ -65,11 +66,13 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
 
 
 def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict[str, Way]:
-    """micelab, in bf16 where the device has it, the floor, and the peers `names`."""
+    """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
     found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
     found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
     if has_bf16(str(next(snn.layers.parameters()).device)):
         found["micelab, bf16"] = lambda x, t: snn.simulate(x, t, record=False, precision="bf16").logits[-1]
+    if has_int8(str(next(snn.layers.parameters()).device)):
+        found["micelab, int8"] = lambda x, t: snn.simulate(x, t, record=False, precision="int8").logits[-1]
     for batch in (floor // 4, floor, 4 * floor):
         found[f"convolutions alone, {batch} at a time"] = lambda x, t, batch=batch: convolutions_alone(snn, t, batch)(x)
     for name in names:
@@ -156,7 +159,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     own = lambda name, start=start: (
                         name.startswith(start) if start != "peer" else not name.startswith(("micelab", "convolutions"))
                     )
-                    speeds = [row["images_per_second"] for name, row in rows.items() if own(name) and "bf16" not in name]
+                    speeds = [
+                        row["images_per_second"]
+                        for name, row in rows.items()
+                        if own(name) and "," not in name.replace(" alone,", "").replace("jelly,", "")
+                    ]
                     if speeds:
                         values[int(at)] = max(speeds) * (int(at) if over == "time_steps" else 8)
                 style = {"color": colour, "linestyle": ("-", "--")[number % 2], "marker": "."}

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from micelab import int8
 from micelab.activation import over_channels
+from micelab.compiled_neuron import as_bytes
 from micelab.exceptions import InputError
 from micelab.graph import WEIGHTED, LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
 from micelab.machine import has_bf16, say_no_bf16, sums_of_products
@@ -32,8 +34,9 @@ DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
 
-Precision = Literal["fp32", "bf16"]
-"""fp32 is exact; bf16 is a fast mode: convolutions and linear layers multiply bf16 numbers, membranes stay in fp32."""
+Precision = Literal["fp32", "bf16", "int8"]
+"""fp32 is exact. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16
+numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
 
 
 @dataclass
@@ -169,14 +172,14 @@ class SpikingNetwork(nn.Module):
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
         through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
         many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
-        `precision="bf16"` is a fast mode of other numbers (docs/performance.md): where the device has no bf16 arithmetic the log
+        `precision` "bf16" and "int8" are fast modes of other numbers (docs/performance.md): where the device lacks one the log
         says so once, and fp32 is used.
         """
-        images, bf16 = self._check(images, time_steps), self._in_bf16(precision, images)
+        images, used = self._check(images, time_steps), self._possible(precision, images)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
         whole: SimulationRun | None = None
-        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, bf16):
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, used):
             if len(part) == len(images):
                 return run
             whole = whole or _whole(run, len(images), images.device)
@@ -191,21 +194,21 @@ class SpikingNetwork(nn.Module):
             yield part, run
 
     def _parts(
-        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, bf16: bool = False
+        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, precision: str = "fp32"
     ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
         size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
-        pace = None if chunk else self._pace(images, time_steps, record, size, bf16)
-        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes, bf16), halved, pace)
+        pace = None if chunk else self._pace(images, time_steps, record, size, precision)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes, precision), halved, pace)
 
-    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, bf16: bool) -> Pace | None:
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, precision: str) -> Pace | None:
         """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
         sizes = sorted({max(1, guess // 2), guess, 2 * guess})
         if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * sizes[-1]:
             return None
-        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, bf16)
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, precision)
         return self._paces.setdefault(key, Pace(sizes, guess))
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
@@ -235,22 +238,22 @@ class SpikingNetwork(nn.Module):
         images = check_images(images).to(own.dtype)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
-    def _in_bf16(self, precision: str, images: Tensor) -> bool:
-        if precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact) or 'bf16' (a fast mode)")
-        if precision == "fp32":
-            return False
-        if self.most_steps is not None:
-            raise InputError("precision is 'bf16', and this network is on a grid to be exact: simulate it in fp32")
+    def _possible(self, precision: str, images: Tensor) -> str:
+        """`precision`, or fp32 where the device lacks it, which the log says once."""
+        if precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'bf16' or 'int8' (fast modes)")
+        if precision != "fp32" and self.most_steps is not None:
+            raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
         device = str(images.device)
-        if not has_bf16(device):
-            say_no_bf16(device)
-            return False
-        return True
+        has, say_no = {"bf16": (has_bf16, say_no_bf16), "int8": (int8.has_int8, int8.say_no_int8)}.get(precision, (None, None))
+        if has is None or say_no is None or has(device):
+            return precision
+        say_no(device)
+        return "fp32"
 
-    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, bf16: bool = False) -> SimulationRun:
+    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, precision: str = "fp32") -> SimulationRun:
         with torch.inference_mode(), sums_of_products(self.most_steps is not None):
-            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, bf16)
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
@@ -280,9 +283,11 @@ class TimeFolded(LayerRunner):
     Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
     """
 
-    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool, bf16: bool = False):
+    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool, precision: str = "fp32"):
         super().__init__(layers)
-        self.time_steps, self.images, self.record, self.spikes, self.bf16 = time_steps, images, record, spikes, bf16
+        self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.precision = precision
+        self.bytes: dict[fx.Node, Tensor] = {}
         self.steps, self.before = steps_to_run(layers, time_steps)
         self.records: dict[str, LayerRun] = {}
         self.over_time: set[fx.Node] = set()
@@ -316,11 +321,20 @@ class TimeFolded(LayerRunner):
         return module.adds and first.shape == second.shape and first.dtype == second.dtype
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """With `bf16`, layers with weights that act at every step multiply bf16 numbers; what they give is fp32 again."""
-        if not self.bf16 or self.node not in self.over_time or not isinstance(module_of(self.traced, target), WEIGHTED):
+        """In a fast mode layers with weights that act at every step have their own arithmetic; what they give is fp32."""
+        module = module_of(self.traced, target)
+        if self.precision == "fp32" or self.node not in self.over_time or not isinstance(module, WEIGHTED):
             return super().call_module(target, args, kwargs)
-        with torch.autocast(args[0].device.type, torch.bfloat16):
-            return super().call_module(target, args, kwargs).to(args[0].dtype)
+        if self.precision == "bf16":
+            with torch.autocast(args[0].device.type, torch.bfloat16):
+                return super().call_module(target, args, kwargs).to(args[0].dtype)
+        source = self.node.all_input_nodes[0]
+        neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
+        if not int8.suits(module, neuron):
+            return super().call_module(target, args, kwargs)
+        if source not in self.bytes:  # for all who read these spikes; older ones are done with
+            self.bytes = {source: as_bytes(args[0])}
+        return int8.convolve(self.bytes[source], int8.packed(module, neuron.theta, list(args[0].shape)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
