@@ -9,7 +9,7 @@ export MICELAB_DATA := $(DATA)
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help lab test demo notebooks site gpu lint clean
+.PHONY: help lab test demo notebooks site gpu bench lint clean
 .SECONDARY:
 .DEFAULT_GOAL := help
 
@@ -39,17 +39,26 @@ site: .venv/with-site  ## Set up, then make the course into web pages: open buil
 gpu: .venv/with-bench  ## Set up, then check and time everything on an NVIDIA card (a try without one: DEVICE=cpu SMALL=1)
 	$(BIN)/python benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(SMALL),--small) $(if $(MINUTES),--minutes $(MINUTES))
 
+bench: .venv-bench/with-peers  ## Time the simulation beside spikingjelly, snnTorch and sinabs, in an environment of their own
+	.venv-bench/bin/python benchmarks/simulation.py --out data/results/benchmark-simulation.json --plot docs/speed.png $(BENCH)
+	.venv-bench/bin/python benchmarks/simulation.py --memory --out data/results/benchmark-memory.json
+
 lint: .venv/with-test  ## Set up, then check style and types only
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-clean:  ## Remove .venv and caches; data, checkpoints and results stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## Remove .venv, .venv-bench and caches; data, checkpoints and results stay
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find micelab tests notebooks benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 .venv/with-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+.venv-bench/with-peers: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check --editable ".[peers]"
 	@touch $@
 
 $(BIN)/python:

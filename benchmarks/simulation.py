@@ -1,12 +1,14 @@
-"""Images per second of the simulation, beside the convolutions alone and spikingjelly's single-step loop, in one run.
+"""How fast a converted network runs, beside its convolutions alone and beside other simulators, in one run.
 
-    pip install -e .[bench]
-    python benchmarks/simulation.py --out data/results/benchmark-simulation.json
-    python benchmarks/simulation.py --memory --out data/results/benchmark-memory.json
+    make bench                                          # everything, about five minutes on two cores: JSON and a picture
+    python benchmarks/simulation.py --rounds 3 --quick  # the table only, with the peers that are installed
+    python benchmarks/simulation.py --memory            # peak memory of 1,000 images at T = 64, everything kept
 
-Same weights, thresholds and images for all; the ways alternate, `--rounds` times; medians and spread are printed, with the
-share of predictions that equal micelab's. A timing is a ratio within one run: compare no two machines by it. `--memory`
-measures the peak memory of one simulation of 1,000 images at T = 64 instead, everything that each layer did kept.
+Same weights, thresholds, starts and images for all; the ways alternate, `--rounds` times; medians, lowest and highest are written
+down. "convolutions alone" is the floor: T times the network's own convolutions at the best of three batches, no neurons at all.
+Spike counts are compared on the network put on a grid, where every sum is exact, with a simulation in fp64. A timing is a
+ratio within one run: compare no two machines by it. `--clock cpu` counts the seconds of the process instead of those on the wall,
+for one thread on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -15,53 +17,34 @@ import argparse
 import copy
 import json
 import resource
+import shlex
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import micelab
+from micelab.checkpoint import write_whole
 from micelab.graph import replace_activations
-from micelab.machine import machine
+from micelab.int8 import has_int8
+from micelab.machine import full_precision, has_bf16, machine
+
+Way = Callable[[Tensor, int], Any]
+STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)
 
 
-class SpikingJellyNeuron(nn.Module):
-    """spikingjelly's IFNode with soft reset, sending theta at every spike."""
-
-    def __init__(self, theta: float, v0: float):
-        super().__init__()
-        from spikingjelly.activation_based import neuron
-
-        self.node, self.theta, self.start = neuron.IFNode(v_threshold=theta, v_reset=None), theta, v0 * theta
-        self.count = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        spike = self.node(x)
-        return spike * self.theta
-
-
-def spikingjelly_loop(snn: micelab.SpikingNetwork, time_steps: int):
-    from spikingjelly.activation_based import functional
-
-    net = replace_activations(copy.deepcopy(snn.layers), lambda _, n: SpikingJellyNeuron(float(n.theta), float(n.v0))).eval()
-    neurons = [module for module in net.modules() if isinstance(module, SpikingJellyNeuron)]
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        functional.reset_net(net)
-        for neuron in neurons:
-            neuron.node.v = neuron.start
-        return sum(net(images) for _ in range(time_steps)) / time_steps
-
-    return run
-
-
-def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int):
-    """The floor: the network's own convolutions on T images for each one, at their best batch, with no neuron work at all."""
+def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int) -> Callable[[Tensor], Tensor]:
+    """The floor: the network's own convolutions on T images for each one, `batch` at a time, with no neuron work at all."""
     net = replace_activations(copy.deepcopy(snn.layers), lambda *_: nn.Identity()).to(memory_format=torch.channels_last)
 
-    def run(images: torch.Tensor) -> torch.Tensor:
+    def run(images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
         for _ in range(time_steps):
             for part in images.split(batch):
                 out = net(part)
@@ -82,66 +65,178 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
     return {"time_steps": 64, "images": 1000, "before_mb": before, "peak_mb": resident()}
 
 
-def main() -> None:
+def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict[str, Way]:
+    """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
+    found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
+    found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
+    if has_bf16(str(next(snn.layers.parameters()).device)):
+        found["micelab, bf16"] = lambda x, t: snn.simulate(x, t, record=False, precision="bf16").logits[-1]
+    if has_int8(str(next(snn.layers.parameters()).device)):
+        found["micelab, int8"] = lambda x, t: snn.simulate(x, t, record=False, precision="int8").logits[-1]
+    for batch in (floor // 4, floor, 4 * floor):
+        found[f"convolutions alone, {batch} at a time"] = lambda x, t, batch=batch: convolutions_alone(snn, t, batch)(x)
+    for name in names:
+        found[name] = peers.peer(name, snn).run
+    return found
+
+
+def timed(found: dict[str, Way], images: Tensor, time_steps: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Images a second of every way: median, lowest and highest of `rounds` alternating runs, after one to warm up."""
+    wait: Callable[[], None] = torch.cuda.synchronize if images.is_cuda else lambda: None
+    speeds: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds + 2):  # micelab tries its chunks in the first two
+        for name, run in found.items():
+            if number == 1 and not name.startswith("micelab"):
+                continue
+            wait()
+            started = clock()
+            run(images, time_steps)
+            wait()
+            if number > 1:
+                speeds[name].append(len(images) / max(clock() - started, 1e-9))
+    rows = {}
+    for name, values in speeds.items():
+        row = {"images_per_second": statistics.median(values), "lowest": min(values), "highest": max(values)}
+        rows[name] = {key: round(value, 1) for key, value in row.items()}
+    return rows
+
+
+def with_ratios(rows: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The rows, each with its ratio to the floor (the best batch) and to the best peer."""
+    speed = lambda name: rows[name]["images_per_second"]
+    floor = max(speed(name) for name in rows if name.startswith("convolutions"))
+    best = max((speed(name) for name in names), default=None)
+    for row in rows.values():
+        row["share_of_floor"] = round(row["images_per_second"] / floor, 3)
+        row["ratio_to_best_peer"] = None if best is None else round(row["images_per_second"] / best, 2)
+    return rows
+
+
+def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, names: list[str]) -> dict[str, float]:
+    """Share of neurons whose spike count is that of a simulation in fp64, on the network put on a grid."""
+    snapped = micelab.snap_to_grid(snn, time_steps=time_steps)
+    oracle = copy.deepcopy(snapped).double().simulate(images, time_steps).layers
+    found = {"micelab": {name: layer.count for name, layer in snapped.simulate(images, time_steps).layers.items()}}
+    for name in names:
+        network = peers.peer(name, snapped)
+        network.run(images, time_steps, count=True)
+        found[name] = network.counts
+    neurons = sum(layer.count.numel() for layer in oracle.values())
+    return {
+        name: sum(int((counts[layer] == run.count).sum()) for layer, run in oracle.items()) / neurons
+        for name, counts in found.items()
+    }
+
+
+def scaling(snn: micelab.SpikingNetwork, images: Tensor, names: list[str], rounds: int, clock: Any) -> dict[str, Any]:
+    """Images a second over T, batch and width."""
+    chosen = {name: way for name, way in ways(snn, names).items() if "recorded" not in name}
+    out: dict[str, Any] = {"time_steps": {}, "batch": {}, "width": {}}
+    for steps in STEPS:
+        out["time_steps"][steps] = timed(chosen, images[:32], steps, rounds, clock)
+    for batch in BATCHES:
+        many = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
+        out["batch"][batch] = timed(chosen, many, 8, rounds, clock)
+    for width in WIDTHS:
+        torch.manual_seed(0)
+        wide = micelab.convert(micelab.resnet20(width=width, activation="quant_clip"), "qcfs").to(images.device)
+        out["width"][width] = timed(ways(wide, names), images[:16], 8, rounds, clock)
+    return out
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Image-steps a second over T, batch and width: micelab, the floor and the peer, a line for each number of threads."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for number, (threads, found) in enumerate(results["scaling"].items()):
+        for ax, (over, points) in zip(axes, found.items(), strict=True):
+            kinds = {"micelab": "micelab", "convolutions": "convolutions alone", "peer": "best peer"}
+            for colour, (start, label) in zip(("C0", "0.5", "C1"), kinds.items(), strict=True):
+                values = {}
+                for at, rows in points.items():
+                    own = lambda name, start=start: (
+                        name.startswith(start) if start != "peer" else not name.startswith(("micelab", "convolutions"))
+                    )
+                    speeds = [
+                        row["images_per_second"]
+                        for name, row in rows.items()
+                        if own(name) and "," not in name.replace(" alone,", "").replace("jelly,", "")
+                    ]
+                    if speeds:
+                        values[int(at)] = max(speeds) * (int(at) if over == "time_steps" else 8)
+                style = {"color": colour, "linestyle": ("-", "--")[number % 2], "marker": "."}
+                ax.plot(list(values), list(values.values()), label=f"{label}, threads: {threads}", **style)
+            ax.set(xscale="log", yscale="log", xlabel={"time_steps": "T", "batch": "images", "width": "width"}[over])
+            ax.set_xticks(list(map(int, points)), labels=list(map(str, points)), fontsize=8)
+            ax.minorticks_off()
+    axes[0].set_ylabel("image-steps a second")
+    axes[0].legend(fontsize=6)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time-steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", default="resnet20a-cifar10-qcfs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--quick", action="store_true", help="the table only, no scaling")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    ann = micelab.load(options.checkpoint)
-    snn = micelab.convert(ann, "qcfs")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"device {options.device} does not exist here: leave --device out")
+    ann: Any = micelab.load(options.checkpoint)
+    snn = micelab.convert(ann, "qcfs").to(options.device)
+    results: dict[str, Any] = {"machine": machine(), "network": options.checkpoint, "clock": options.clock}
+    results["command"] = shlex.join(["python", "benchmarks/simulation.py", *(sys.argv[1:] if arguments is None else arguments)])
     if options.memory:
-        save(options.out, peak_memory(snn) | {"network": options.checkpoint, "machine": machine()})
-        return
+        return save(options.out, results | peak_memory(snn))
     try:
         data = micelab.load_data(ann.card["dataset"], download=False)
-        images = next(data.test.batches(options.batch))[0]
+        images = next(data.test.batches(max(options.batch, 64)))[0].to(options.device)
     except micelab.MicelabError:
-        images = torch.rand(options.batch, 3, 32, 32)
-    steps = options.time_steps
-    ways = {
-        "micelab": lambda x: snn.simulate(x, steps, record=False).logits[-1],
-        "convolutions alone": convolutions_alone(snn, steps, options.batch),
-    }
-    try:
-        ways["spikingjelly single-step"] = spikingjelly_loop(snn, steps)
-    except ImportError:
-        print("spikingjelly is not installed (pip install -e .[bench]): its row is left out")
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    outputs = {}
-    with torch.inference_mode():
-        for name, run in ways.items():
-            outputs[name] = run(images)
-        for _ in range(options.rounds):
-            for name, run in ways.items():
-                started = time.perf_counter()
-                run(images)
-                speeds[name].append(options.batch / (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    rows = {}
-    for name, values in speeds.items():
-        rows[name] = {"images_per_second": round(medians[name], 1)}
-        rows[name] |= {"lowest": round(min(values), 1), "highest": round(max(values), 1)}
-        rows[name]["ratio_to_micelab"] = round(medians[name] / medians["micelab"], 3)
-        if name.startswith("spikingjelly"):
-            same = (outputs[name].argmax(1) == outputs["micelab"].argmax(1)).float().mean()
-            rows[name]["same_predictions"] = float(same)
-            rows[name]["largest_logit_difference"] = float((outputs[name] - outputs["micelab"]).abs().max())
-        print(f"{name:26s} {medians[name]:8.1f} images/s  ({min(values):.1f} .. {max(values):.1f})")
-    words = {"time_steps": steps, "batch": options.batch, "network": options.checkpoint, "machine": machine(), "rows": rows}
-    save(options.out, words)
+        images = torch.rand(max(options.batch, 64), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(options.device)
+        results["images"] = "random"
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    found = peers.installed()
+    names = list(found)
+    results |= {"peers": found, "time_steps": options.time_steps, "batch": options.batch, "rounds": options.rounds}
+    results |= {"native_bf16": has_bf16(options.device), "table": {}, "scaling": {}}
+    with torch.inference_mode(), full_precision(images.device):
+        results["counts_equal_to_fp64"] = counts_alike(snn, images[:8], min(options.time_steps, 8), names)
+        for name, share in results["counts_equal_to_fp64"].items():
+            print(f"{name:32s} {100 * share:8.4f} % of spike counts are those of fp64, on a grid", flush=True)
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            rows = timed(ways(snn, names), images[: options.batch], options.time_steps, options.rounds, clock)
+            results["table"][threads] = with_ratios(rows, names)
+            for name, row in rows.items():
+                spread = f"({row['lowest']:.1f} .. {row['highest']:.1f})"
+                print(f"threads {threads}  {name:38s} {row['images_per_second']:8.1f} images/s {spread}", flush=True)
+            one = timed(ways(snn, []), images[:1], options.time_steps, 4 * options.rounds, clock)["micelab"]
+            results.setdefault("one_image_ms", {})[threads] = round(1000 / one["images_per_second"], 1)
+            print(f"threads {threads}  one image: {results['one_image_ms'][threads]} ms", flush=True)
+            save(options.out, results)
+        for threads in () if options.quick else options.threads:
+            torch.set_num_threads(threads)
+            results["scaling"][threads] = scaling(snn, images, names[:1], max(1, options.rounds // 2), clock)
+            save(options.out, results)
+    if options.plot and results["scaling"]:
+        draw(json.loads(json.dumps(results)), options.plot)
 
 
-def save(path: Path | None, words: dict) -> None:
-    print(words)
+def save(path: Path | None, words: dict[str, Any]) -> None:
     if path:
-        path.write_text(json.dumps(words, indent=1) + "\n")
+        write_whole(path, (json.dumps(words, indent=1) + "\n").encode())
+    else:
+        print({key: value for key, value in words.items() if key not in ("table", "scaling")})
 
 
 if __name__ == "__main__":

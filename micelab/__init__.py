@@ -15,6 +15,7 @@ from micelab.convert import convert
 from micelab.data import load_data
 from micelab.errors import error_breakdown
 from micelab.exceptions import MicelabError
+from micelab.grid import snap_to_grid
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.models import resnet20, small_cnn
 from micelab.network import SpikingNetwork
@@ -44,5 +45,6 @@ __all__ = [
     "resnet20",
     "save",
     "small_cnn",
+    "snap_to_grid",
     "train",
 ]

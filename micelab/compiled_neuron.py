@@ -56,8 +56,23 @@ def fire(
     """
     if current.dtype != torch.float32 or out.dtype != torch.float32 or not is_dense(out[0]) or not current.numel():
         return None
-    function = compiled()
-    return None if function is None else _call(function, current, theta, v0, signed, out, amplitude, count, plus)
+    library = compiled()
+    return None if library is None else _call(library.fire, current, theta, v0, signed, out, amplitude, count, plus)
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """1 where `values` [N, ...], fp32 and dense, is not 0, as uint8 in the same memory order.
+
+    >>> as_bytes(torch.tensor([0.0, 0.7, 0.0])).tolist()
+    [0, 1, 0]
+    """
+    library = compiled()
+    if library is None or values.dtype != torch.float32 or not is_dense(values):
+        return values.ne(0).view(torch.uint8)
+    made = torch.empty_like(values, dtype=torch.uint8)
+    threads = torch.get_num_threads() if values.numel() >= ALONE else 1
+    library.ones(values.data_ptr(), made.data_ptr(), values.numel(), threads)
+    return made
 
 
 def _call(
@@ -99,13 +114,13 @@ def _laid_out(value: Tensor, step: Tensor) -> Tensor:
 
 @cache
 def compiled() -> Any:
-    """The C function, or None where there is none: the log says why, once."""
+    """The library of neuron.c, or None where there is none: the log says why, once."""
     if os.environ.get("MICELAB_COMPILE") == "0":
         return None
     try:
-        function = load(compiler())
-        if function is not None and _equal(function):
-            return function
+        library = load(compiler())
+        if _equal(library.fire):
+            return library
         why = "what the C compiler makes of the neuron gives other numbers than the loop"
     except (OSError, subprocess.SubprocessError) as error:
         why = str(error)
@@ -124,7 +139,7 @@ def compiler() -> str:
 
 
 def load(cc: str) -> Any:
-    """The C function, compiled by `cc` unless it is in the cache folder; with threads where the compiler knows OpenMP."""
+    """The library of neuron.c, compiled by `cc` unless it is in the cache folder; with threads where OpenMP is known."""
     errors = []
     for threads in (("-fopenmp",), ()):
         try:
@@ -132,10 +147,10 @@ def load(cc: str) -> Any:
         except (OSError, subprocess.SubprocessError) as error:
             errors.append(_first_line(error))
             continue
-        function = library.fire
-        function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 7 + [ctypes.c_int] * 3
-        function.restype = None
-        return function
+        library.fire.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 7 + [ctypes.c_int] * 3
+        library.ones.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        library.fire.restype = library.ones.restype = None
+        return library
     raise OSError(f"the C compiler {cc} failed ({errors[-1]})")
 
 

@@ -13,6 +13,7 @@ from micelab import calibration as biases
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import LayerRunner, activations, check_images, replace_activations, trace
+from micelab.grid import round_images
 from micelab.network import SpikingNetwork
 from micelab.neuron import IntegrateFire
 
@@ -106,6 +107,9 @@ def restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
     layers = replace_activations(trace(models.build(spec["ann"]), spec["fold"]), neuron).requires_grad_(False)
     snn = SpikingNetwork(layers, spec["method"], spec["time_steps"], chosen.hidden_steps)
     snn.spec = spec
+    if "grid" in spec:
+        round_images(layers, spec["grid"]["value_bits"])
+        snn.most_steps = spec["grid"]["time_steps"]
     return snn
 
 

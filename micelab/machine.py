@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 def default_precision(device: str | None = None) -> Literal["bf16", "fp32"]:
@@ -16,10 +20,22 @@ def default_precision(device: str | None = None) -> Literal["bf16", "fp32"]:
 
     It is native on CUDA from Ampere on, and on processors with AVX-512 BF16 or AMX.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if has_bf16(device or ("cuda" if torch.cuda.is_available() else "cpu")) else "fp32"
+
+
+def has_bf16(device: str) -> bool:
+    """Whether `device` ("cpu", "cuda:0", ...) multiplies bf16 numbers by itself: elsewhere that is emulated, and slow."""
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def say_no_bf16(device: str) -> None:
+    """Says once in the log that bf16 was asked for in vain."""
+    log.warning(
+        "%s has no bf16 arithmetic (it would be emulated, and slower than fp32): going on in fp32, which is exact", device
+    )
 
 
 @contextmanager
@@ -48,6 +64,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = True
         if products != "highest":
             torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def sums_of_products(needed: bool = True) -> Iterator[None]:
+    """Convolutions as plain sums of products, where `needed`: no algorithm that transforms the weights first (Winograd, FFT).
+
+    Such algorithms leave a grid of powers of two. cuDNN and NNPACK have them and are not used; oneDNN is asked for none by torch.
+    What the caller had set is set again afterwards.
+    """
+    if not needed:
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from micelab.activation import clip, quantize
 from micelab.exceptions import InputError
 from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, is_size, trace
-from micelab.network import SpikingNetwork
+from micelab.network import Precision, SpikingNetwork
 from micelab.neuron import over_time
 
 PICOJOULE_PER_MAC = 4.6
@@ -69,12 +69,16 @@ class AccuracyCurve:
 
 
 def accuracy_curve(
-    snn: SpikingNetwork, loader: Iterable[tuple[Tensor, Tensor]], time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32)
+    snn: SpikingNetwork,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    precision: Precision = "fp32",
 ) -> AccuracyCurve:
     """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
 
     One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
-    a network whose layers wait for one another is simulated for each T by itself.
+    a network whose layers wait for one another is simulated for each T by itself. `precision`: "int8" and "bf16" are the
+    fast modes of `SpikingNetwork.simulate`.
     """
     wanted = tuple(sorted(set(time_steps)))
     if not wanted or wanted[0] < 1:
@@ -82,9 +86,9 @@ def accuracy_curve(
     right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
     for images, labels in loader:
         if snn.turns == 1:
-            predictions = snn.simulate(images, wanted[-1], record=False).predictions[[t - 1 for t in wanted]]
+            predictions = snn.simulate(images, wanted[-1], record=False, precision=precision).predictions[[t - 1 for t in wanted]]
         else:
-            predictions = torch.stack([snn(images, t).argmax(-1) for t in wanted])
+            predictions = torch.stack([snn(images, t, precision).argmax(-1) for t in wanted])
         right += (predictions == labels.to(predictions.device)).sum(1).cpu()
         seen += len(labels)
     if not seen:

@@ -11,14 +11,17 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from micelab import int8
 from micelab.activation import over_channels
+from micelab.compiled_neuron import as_bytes
 from micelab.exceptions import InputError
-from micelab.graph import LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
+from micelab.graph import WEIGHTED, LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
+from micelab.machine import has_bf16, say_no_bf16, sums_of_products
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
@@ -29,6 +32,11 @@ and T (4 MB on one machine, 16 on another), so that a long simulation tries the 
 
 DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
+
+
+Precision = Literal["fp32", "bf16", "int8"]
+"""fp32 is exact. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16
+numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
 
 
 @dataclass
@@ -120,7 +128,8 @@ class SpikingNetwork(nn.Module):
 
     An ordinary module: `.to(device)`, `copy.deepcopy`, and `state_dict` (weights, thresholds and initial potentials).
     `method` and `hidden_steps` say how it was made and how many steps it spends beyond T; `turns` is 1, or the number of
-    layers in a row where each waits for all T steps of the one before.
+    layers in a row where each waits for all T steps of the one before; `most_steps`: the longest T it may be simulated for, on a
+    grid (`micelab.snap_to_grid`), or None.
     """
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
@@ -130,6 +139,7 @@ class SpikingNetwork(nn.Module):
         waits = any(neuron.waits for neuron in self.neurons.values())
         self.turns = depth(layers) if waits else 1
         self.spec: dict[str, Any] = {}
+        self.most_steps: int | None = None
         self._largest: dict[tuple[int, ...], int] = {}
         self._paces: dict[tuple[Any, ...], Pace] = {}
         self._shrink = 1
@@ -143,24 +153,33 @@ class SpikingNetwork(nn.Module):
         """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
         return time_steps * self.turns + self.hidden_steps
 
-    def forward(self, images: Tensor, time_steps: int | None = None) -> Tensor:
+    def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
-        return self.simulate(images, self.time_steps if time_steps is None else time_steps, record=False).logits[-1]
+        steps = self.time_steps if time_steps is None else time_steps
+        return self.simulate(images, steps, record=False, precision=precision).logits[-1]
 
     def simulate(
-        self, images: Tensor, time_steps: int = 8, record: bool = True, spikes: bool = False, chunk: int | None = None
+        self,
+        images: Tensor,
+        time_steps: int = 8,
+        record: bool = True,
+        spikes: bool = False,
+        chunk: int | None = None,
+        precision: Precision = "fp32",
     ) -> SimulationRun:
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
         `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
         through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
         many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
+        `precision` "bf16" and "int8" are fast modes of other numbers (docs/performance.md): where the device lacks one the log
+        says so once, and fp32 is used.
         """
-        images = self._check(images, time_steps)
+        images, used = self._check(images, time_steps), self._possible(precision, images)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
         whole: SimulationRun | None = None
-        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk):
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, used):
             if len(part) == len(images):
                 return run
             whole = whole or _whole(run, len(images), images.device)
@@ -175,21 +194,21 @@ class SpikingNetwork(nn.Module):
             yield part, run
 
     def _parts(
-        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None
+        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, precision: str = "fp32"
     ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
         size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
-        pace = None if chunk else self._pace(images, time_steps, record, size)
-        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes), halved, pace)
+        pace = None if chunk else self._pace(images, time_steps, record, size, precision)
+        return in_chunks(images, size, lambda part: self._simulate(part, time_steps, record, spikes, precision), halved, pace)
 
-    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int) -> Pace | None:
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, precision: str) -> Pace | None:
         """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
         sizes = sorted({max(1, guess // 2), guess, 2 * guess})
         if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * sizes[-1]:
             return None
-        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess)
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, precision)
         return self._paces.setdefault(key, Pace(sizes, guess))
 
     def chunk(self, images: Tensor, time_steps: int) -> int:
@@ -208,15 +227,33 @@ class SpikingNetwork(nn.Module):
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:
             raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
+        if self.most_steps is not None and time_steps > self.most_steps:
+            raise InputError(
+                f"time_steps is {time_steps}, but this network was put on a grid for at most {self.most_steps}: beyond, sums may "
+                f"round; use micelab.snap_to_grid(..., time_steps={time_steps})"
+            )
         own = next(chain(self.layers.parameters(), self.layers.buffers()))
         if isinstance(images, Tensor) and images.device != own.device:
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
         images = check_images(images).to(own.dtype)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
-    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool) -> SimulationRun:
-        with torch.inference_mode():
-            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes)
+    def _possible(self, precision: str, images: Tensor) -> str:
+        """`precision`, or fp32 where the device lacks it, which the log says once."""
+        if precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'bf16' or 'int8' (fast modes)")
+        if precision != "fp32" and self.most_steps is not None:
+            raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
+        device = str(images.device)
+        has, say_no = {"bf16": (has_bf16, say_no_bf16), "int8": (int8.has_int8, int8.say_no_int8)}.get(precision, (None, None))
+        if has is None or say_no is None or has(device):
+            return precision
+        say_no(device)
+        return "fp32"
+
+    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, precision: str = "fp32") -> SimulationRun:
+        with torch.inference_mode(), sums_of_products(self.most_steps is not None):
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
@@ -246,9 +283,11 @@ class TimeFolded(LayerRunner):
     Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
     """
 
-    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool):
+    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool, precision: str = "fp32"):
         super().__init__(layers)
         self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.precision = precision
+        self.bytes: dict[fx.Node, Tensor] = {}
         self.steps, self.before = steps_to_run(layers, time_steps)
         self.records: dict[str, LayerRun] = {}
         self.over_time: set[fx.Node] = set()
@@ -280,6 +319,22 @@ class TimeFolded(LayerRunner):
         module = module_of(self.traced, str(reader.target))
         first, second = (self.env[source] for source in n.all_input_nodes)
         return module.adds and first.shape == second.shape and first.dtype == second.dtype
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In a fast mode layers with weights that act at every step have their own arithmetic; what they give is fp32."""
+        module = module_of(self.traced, target)
+        if self.precision == "fp32" or self.node not in self.over_time or not isinstance(module, WEIGHTED):
+            return super().call_module(target, args, kwargs)
+        if self.precision == "bf16":
+            with torch.autocast(args[0].device.type, torch.bfloat16):
+                return super().call_module(target, args, kwargs).to(args[0].dtype)
+        source = self.node.all_input_nodes[0]
+        neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
+        if not int8.suits(module, neuron):
+            return super().call_module(target, args, kwargs)
+        if source not in self.bytes:  # for all who read these spikes; older ones are done with
+            self.bytes = {source: as_bytes(args[0])}
+        return int8.convolve(self.bytes[source], int8.packed(module, neuron.theta, list(args[0].shape)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""

@@ -120,3 +120,11 @@ void fire(
     else
         plus ? all(&k, threads, 1, 0, 1, 0) : all(&k, threads, 0, 0, 1, 0);
 }
+
+/* bytes[i] = 1 where values[i] is not 0 */
+void ones(const float *restrict values, uint8_t *restrict bytes, int64_t size, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < size; i++)
+        bytes[i] = values[i] != 0.0f;
+}

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import micelab
+from micelab import machine
 from micelab.convert import convert
 from micelab.exceptions import InputError
 from micelab.graph import activations
@@ -236,6 +237,38 @@ def test_a_network_of_another_number_type_takes_the_same_images(kind):
     run = snn.simulate(digits(), 4)
     assert run.logits.dtype == kind
     assert run.layers["stem.2"].residual.dtype == kind
+
+
+def test_bf16_is_a_fast_mode_with_membranes_in_fp32(monkeypatch):
+    monkeypatch.setattr("micelab.network.has_bf16", lambda device: True)
+    snn, images = spiking(resnet20, digits(4, 3, 16), width=4), digits(4, 3, 16)
+    exact, fast = snn.simulate(images, 8), snn.simulate(images, 8, precision="bf16")
+    assert fast.logits.dtype == torch.float32
+    first, *_, last = snn.neurons
+    assert torch.equal(exact.layers[first].count, fast.layers[first].count)  # the images' layer is not touched
+    moved = (exact.layers[last].count - fast.layers[last].count).abs().float().mean()
+    assert 0 < moved < 1  # spike of 8 steps
+    for layer in fast.layers.values():
+        kept = layer.theta * layer.count + layer.residual
+        torch.testing.assert_close(kept, layer.theta * layer.v0 + 8 * layer.mean_current, rtol=1e-4, atol=1e-4)
+    bare = snn.simulate(images, 8, record=False, precision="bf16")
+    torch.testing.assert_close(fast.logits, bare.logits)
+
+
+def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(monkeypatch, caplog):
+    monkeypatch.setattr("micelab.network.has_bf16", lambda device: False)
+    machine.say_no_bf16.cache_clear()
+    snn, images = spiking(), digits()
+    for _ in range(2):
+        assert torch.equal(snn(images, 4), snn(images, 4, precision="bf16"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu has no bf16 arithmetic (it would be emulated, and slower than fp32): going on in fp32, which is exact"
+    ]
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(InputError, match=r"precision is 'fp16': choose 'fp32' \(exact\), 'bf16' or 'int8'"):
+        spiking().simulate(digits(), 2, precision="fp16")
 
 
 def test_images_may_want_a_gradient_and_are_not_changed():

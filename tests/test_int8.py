@@ -1,0 +1,100 @@
+"""Convolutions of spikes by 8-bit weights: exact integer sums, the same for any chunk and thread count; and what falls back."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from micelab import int8
+from micelab.compiled_neuron import as_bytes
+from micelab.convert import convert
+from micelab.exceptions import InputError
+from micelab.grid import snap_to_grid
+from micelab.models import resnet20
+
+needs_int8 = pytest.mark.skipif(not int8.has_int8("cpu"), reason="no quantized convolution here")
+
+
+def pictures(images=5):
+    return torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def snn():
+    torch.manual_seed(0)
+    ann = resnet20(width=4, activation="quant_clip", theta=1.3)
+    with torch.no_grad():
+        ann.train()(pictures(32))
+    return convert(ann.eval(), "qcfs")
+
+
+@needs_int8
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("theta", [torch.tensor(0.7), torch.linspace(0.3, 2, 8)], ids=["number", "channel"])
+def test_a_convolution_of_bytes_is_that_of_the_rounded_weights(theta, stride, groups):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 6, 3, stride, padding=1, groups=groups).requires_grad_(False)
+    spikes = (torch.rand(4, 8, 9, 9) < 0.3).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    found = int8.convolve(spikes, int8.packed(layer, theta, list(spikes.shape)))
+    sent = spikes * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+    expected = layer(sent)
+    largest = (layer.weight.abs().amax() * theta.max() / 254 * layer.weight[0].numel()).item()  # half a step a weight
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().max()) <= largest
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if theta.dim() == 0 and groups == 1:
+        integers, scale = int8.rounded(layer.weight, theta)
+        sums = F.conv2d(spikes.double(), integers.double(), stride=stride, padding=1)
+        by_hand = sums * scale.double().view(1, -1, 1, 1) + layer.bias.double().view(1, -1, 1, 1)
+        torch.testing.assert_close(found.double(), by_hand, rtol=1e-6, atol=1e-6)
+
+
+@needs_int8
+def test_counts_do_not_depend_on_chunks_or_threads_or_on_what_is_kept(snn):
+    expected = snn.simulate(pictures(), 6, precision="int8")
+    before = torch.get_num_threads()
+    try:
+        for threads, chunk in ((1, 1), (1, 3), (2, 5)):
+            torch.set_num_threads(threads)
+            run = snn.simulate(pictures(), 6, chunk=chunk, precision="int8")
+            for name, layer in expected.layers.items():
+                assert torch.equal(layer.count, run.layers[name].count), name
+    finally:
+        torch.set_num_threads(before)
+    bare = snn.simulate(pictures(), 6, record=False, precision="int8")
+    torch.testing.assert_close(expected.logits, bare.logits)
+    exact = snn.simulate(pictures(), 6)
+    assert any(not torch.equal(layer.count, exact.layers[name].count) for name, layer in expected.layers.items())
+
+
+@needs_int8
+def test_signed_spikes_are_left_to_fp32():
+    torch.manual_seed(0)
+    signed = convert(resnet20(width=4), "max", pictures(), signed=True)
+    assert torch.equal(signed(pictures(), 4), signed(pictures(), 4, "int8"))
+
+
+def test_int8_falls_back_to_fp32_and_says_so_once(snn, monkeypatch, caplog):
+    monkeypatch.setattr(int8, "has_int8", lambda device: False)
+    int8.say_no_int8.cache_clear()
+    for _ in range(2):
+        assert torch.equal(snn(pictures(), 3), snn(pictures(), 3, "int8"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu has no quantized convolution here: going on in fp32, which is exact"
+    ]
+
+
+def test_a_network_on_a_grid_refuses_fast_modes(snn):
+    snapped = snap_to_grid(snn, shape=(3, 16, 16))
+    for mode in ("int8", "bf16"):
+        with pytest.raises(InputError, match=f"precision is '{mode}', and this network is on a grid to be exact"):
+            snapped.simulate(pictures(), 3, precision=mode)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_bytes_are_one_where_values_are_not_zero(layout):
+    values = (torch.randn(3, 5, 7, 7) * (torch.rand(3, 5, 7, 7) < 0.4)).contiguous(memory_format=layout)
+    made = as_bytes(values)
+    assert torch.equal(made, values.ne(0).to(torch.uint8))
+    assert made.stride() == values.stride()

@@ -1,0 +1,71 @@
+"""The benchmark of the simulation runs: its rows, ratios, equality of counts and picture, on a small network."""
+
+import json
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+import micelab
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import peers
+import simulation
+
+
+@pytest.fixture(scope="module")
+def snn():
+    torch.manual_seed(0)
+    return micelab.convert(micelab.resnet20(width=2, activation="quant_clip", theta=1.0), "qcfs")
+
+
+def here():
+    return list(peers.installed())
+
+
+def test_every_row_has_its_share_of_the_floor_and_of_the_best_peer(snn):
+    ticks = count(1)
+    with torch.inference_mode():
+        rows = simulation.timed(simulation.ways(snn, []), torch.rand(2, 3, 32, 32), 2, 2, lambda: float(next(ticks)))
+    rows["a peer"] = {"images_per_second": 1.0, "lowest": 1.0, "highest": 1.0}
+    rows = simulation.with_ratios(rows, ["a peer"])
+    assert rows["micelab"] == {
+        "images_per_second": 2.0,
+        "lowest": 2.0,
+        "highest": 2.0,
+        "share_of_floor": 1.0,
+        "ratio_to_best_peer": 2.0,
+    }
+    assert sum(name.startswith("convolutions alone") for name in rows) == 3
+
+
+def test_counts_of_micelab_are_those_of_fp64_on_a_grid(snn):
+    assert simulation.counts_alike(snn, torch.rand(2, 3, 32, 32), 3, [])["micelab"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif("spikingjelly, step by step" not in here(), reason="spikingjelly is not installed")
+def test_spikingjelly_gives_the_same_counts_step_by_step_and_all_at_once(snn):
+    names = [name for name in here() if name.startswith("spikingjelly")]
+    with torch.inference_mode():
+        found = simulation.counts_alike(snn, torch.rand(2, 3, 32, 32), 3, names)
+    assert set(found.values()) == {1.0}
+
+
+def test_picture_is_drawn_from_what_is_written_down(tmp_path):
+    row = {"images_per_second": 3.0}
+    points = {"1": {"micelab": row, "convolutions alone, 64 at a time": row, "sinabs": row}}
+    scaling = {"1": {"time_steps": points, "batch": points, "width": points}}
+    simulation.draw(json.loads(json.dumps({"scaling": scaling})), tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_that_does_not_exist_is_one_clear_error(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit):
+        simulation.main(["--device", "cuda"])
+    assert "device cuda does not exist here" in capsys.readouterr().err
