@@ -110,7 +110,7 @@ class Page:
         if not re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", request.url):
             self.strays.append(request.url)
 
-    def run_all(self, timeout=240_000):
+    def run_all(self, timeout=600_000):
         """Runs every cell; returns once all are done."""
         self._command("notebook:run-all-cells")
         self.page.wait_for_function(

@@ -10,6 +10,7 @@ from micelab import MicelabError, load_data
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # a notebook takes a minute, and ten where other work has the machine
     pytest.mark.skipif(
         not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}: apt-get install chromium, or $MICELAB_CHROMIUM"
     ),
