@@ -13,9 +13,10 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `pip install micelab[test]`")
+try:
+    from playwright.sync_api import TimeoutError as TooLate
+except ImportError:  # the tests that need a browser are skipped then
+    TooLate = None
 
 CHROMIUM = os.environ.get("MICELAB_CHROMIUM", "/usr/bin/chromium")
 QUIET = [
@@ -41,6 +42,9 @@ SEEN = """() => {  // what the reader sees of the panels: the numbers of the tra
         numbers: [...document.querySelectorAll("NUMBERS")].map(element => element.textContent).join(),
     };
 }""".replace("NUMBERS", NUMBERS)
+FAILED = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
+RAN = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(element => element.textContent)"
+DONE = f"document.querySelector('.jp-OutputArea-output[data-mime-type$=error]') || {RAN}.every(mark => /\\[\\d+\\]/.test(mark))"
 DRAWN = """many => {
     const plots = [...document.querySelectorAll(".js-plotly-plot")];
     return plots.length === many && plots.every(plot => plot._fullData?.length && plot.querySelector(".trace, .hm"));
@@ -68,6 +72,7 @@ def jupyter(folder):
     data = os.environ.get("MICELAB_DATA", str(ROOT / "data"))
     environment = os.environ | paths | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MICELAB_DATA": data}
     shutil.copytree(ROOT / "notebooks", folder / "course" / "notebooks")  # JupyterLab saves what it ran
+    shutil.copytree(ROOT / "data" / "results", folder / "course" / "data" / "results")
     command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --expose-app-in-browser --ServerApp.allow_root=True"
     command += f" --IdentityProvider.token={TOKEN} --ServerApp.root_dir={folder / 'course'}"
     with (folder / "log.txt").open("wb") as log:
@@ -110,22 +115,20 @@ class Page:
         if not re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", request.url):
             self.strays.append(request.url)
 
-    def run_all(self, timeout=240_000):
-        """Runs every cell; returns once all are done."""
+    def run_all(self, timeout=600_000):
+        """Runs every cell; returns once all are done, and fails as soon as one does."""
+        self._command("notebook:clear-all-cell-outputs")  # else the numbers of the stored run would count as done
+        self.page.wait_for_function(f"!{RAN}.some(mark => /\\d/.test(mark))", timeout=60_000)
         self._command("notebook:run-all-cells")
-        self.page.wait_for_function(
-            "() => { const marks = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);"
-            " return marks.length && marks.every(mark => /\\[\\d+\\]/.test(mark)); }",
-            timeout=timeout,
-        )
-        failed = self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+        self.page.wait_for_function(DONE, timeout=timeout, polling=200)
+        failed = self.page.locator(FAILED)
         assert failed.count() == 0, failed.first.text_content()
 
     def figures_drawn(self, many, timeout=120_000):
         """Waits until that many figures are on the page, each with its traces: none may stay empty."""
         try:
             self.page.wait_for_function(DRAWN, arg=many, timeout=timeout, polling=200)
-        except playwright.TimeoutError:
+        except TooLate:
             found = "[...document.querySelectorAll('.js-plotly-plot')].map(plot => (plot._fullData || []).length)"
             raise AssertionError(f"{many} figures were expected; traces of those there: {self.page.evaluate(found)}") from None
 
@@ -136,7 +139,7 @@ class Page:
         try:
             changed = f"what => {{ const now = ({SEEN})(); return what.every(key => now[key] !== window.seen[key]); }}"
             self.page.wait_for_function(changed, arg=list(what), timeout=timeout, polling=100)
-        except playwright.TimeoutError:
+        except TooLate:
             same = f"what => {{ const now = ({SEEN})(); return what.filter(key => now[key] === window.seen[key]); }}"
             raise AssertionError(f"still as before: {self.page.evaluate(same, list(what))}") from None
 

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, QUIET, Page, jupyter, playwright
+from lab import CHROMIUM, QUIET, Page, jupyter
 
 from micelab import MicelabError, load_data
 
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `pip install micelab[test]`")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # a notebook takes a minute, and ten where other work has the machine
     pytest.mark.skipif(
         not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}: apt-get install chromium, or $MICELAB_CHROMIUM"
     ),
