@@ -11,6 +11,7 @@ import re
 from base64 import b64encode
 from collections.abc import Sequence
 from html import unescape
+from math import ceil
 from typing import Any
 
 from micelab.exceptions import MicelabError
@@ -21,8 +22,8 @@ _MARKS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "tri
 _MARKS |= {"star": "*", "hexagon": "h", "circle-open": "o", "line-ns": "|", "line-ew": "_"}
 
 
-def still(figures: Sequence[Any], widths: Sequence[float] | None = None) -> bytes:
-    """PNG of plotly figures side by side; `widths`: their shares of the picture (default: equal)."""
+def still(figures: Sequence[Any]) -> bytes:
+    """PNG of plotly figures, two in a row."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -30,10 +31,12 @@ def still(figures: Sequence[Any], widths: Sequence[float] | None = None) -> byte
     except ImportError as error:
         raise MicelabError("pictures need matplotlib: run `pip install micelab[course]`") from error
     height = max((figure.layout.height or 400) for figure in figures) / 90
-    picture = Figure(figsize=(5.6 * len(figures) + 1.2, height))
+    columns = min(2, len(figures))
+    rows = ceil(len(figures) / columns)
+    picture = Figure(figsize=(5.6 * columns + 1.2, rows * height))
     FigureCanvasAgg(picture)
-    parts = picture.subfigures(1, len(figures), width_ratios=widths, squeeze=False)[0]
-    for part, figure in zip(parts, figures, strict=True):
+    parts = picture.subfigures(rows, columns, squeeze=False).ravel()
+    for part, figure in zip(parts, figures, strict=False):  # the last place of a row may stay empty
         _draw(part, figure)
     out = io.BytesIO()
     picture.savefig(out, format="png", dpi=DPI)

@@ -66,7 +66,7 @@ class Panel:
         width = 2 * WIDTH if self.wide else WIDTH
         margin = spec["layout"]["margin"]
         names = [trace["name"] for trace in spec["data"] if trace.get("name") and trace.get("showlegend") is not False]
-        rows = legend_rows(names, width - 120) if spec["layout"].get("showlegend") is not False else 0
+        rows = legend_rows(names, width - 85) if spec["layout"].get("showlegend") is not False else 0
         frame = {"template": "plotly_white", "autosize": False, "width": width, "font_size": 12, "title_font_size": 15}
         frame |= {"legend_font_size": 11, "margin_t": 44 + 20 * rows, "margin_b": 50}
         return frame | {"margin_l": margin["l"] if self.wide else 60}
