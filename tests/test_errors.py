@@ -164,7 +164,7 @@ def test_batches_and_a_tensor_give_the_same_table():
         assert parts["images"] == 12
         for name, layer in whole["layers"].items():
             for kind in (*KINDS, "total"):
-                assert parts["layers"][name][kind] == pytest.approx(layer[kind], rel=1e-5, abs=1e-9)
+                assert parts["layers"][name][kind] == pytest.approx(layer[kind], rel=1e-5, abs=1e-7)  # the noise of fp32 sums in another order
 
 
 def test_the_table_is_plain_json():
