@@ -164,7 +164,8 @@ def test_batches_and_a_tensor_give_the_same_table():
         assert parts["images"] == 12
         for name, layer in whole["layers"].items():
             for kind in (*KINDS, "total"):
-                assert parts["layers"][name][kind] == pytest.approx(layer[kind], rel=1e-5, abs=1e-7)  # the noise of fp32 sums in another order
+                noise = 1e-7  # of fp32 sums in another order
+                assert parts["layers"][name][kind] == pytest.approx(layer[kind], rel=1e-5, abs=noise)
 
 
 def test_the_table_is_plain_json():
