@@ -103,6 +103,16 @@ def test_the_readme_shows_the_stored_results_digit_for_digit():
         assert cells in line
 
 
+def test_the_readme_shows_the_stored_speeds():
+    table = json.loads((ROOT / "data" / "results" / "benchmark-simulation.json").read_text())["table"]["2"]
+    readme = (ROOT / "README.md").read_text()
+    alone = max((row for name, row in table.items() if name.startswith("convolutions")), key=lambda row: row["images_per_second"])
+    names = ("micelab", "spikingjelly, step by step", "snnTorch", "sinabs")
+    for name, row in [(name, table[name]) for name in names] + [("convolutions alone, best of three batches", alone)]:
+        numbers = f"{row['images_per_second']} | {row['lowest']}, {row['highest']} | {row['ratio_to_best_peer']:.2f} |"
+        assert f"| {name} | {numbers}" in readme
+
+
 def test_the_ablation_in_the_docs_is_the_stored_one_digit_for_digit():
     stored = json.loads((ROOT / "data" / "results" / "ablation-digits-t2.json").read_text())
     page = (ROOT / "docs" / "method.md").read_text()
