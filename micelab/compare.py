@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -207,14 +207,17 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable, float]:
-    """Of stored results (`to_dict`, `merged`): every row's curve, the errors of the best row, and its ANN's accuracy.
+    """Of stored results (`to_dict`, `merged`): every row's curve, the errors of the best row, and the best ANN's accuracy.
 
-    The best is the most accurate within as many true steps as the T of the error tables.
+    The best row is the most accurate within as many true steps as the T of the error tables. Curves and errors are named for
+    their rows: "mice T=4".
     """
     rows = list(stored["results"].values())
+    names = list(stored["results"])
     curves = []
-    for row in rows:
-        words = {key: value for key, value in row["curve"].items() if key != "true_steps"}
+    for name, row in zip(names, rows, strict=True):
+        words = {key: value for key, value in row["curve"].items() if key != "true_steps"} | {"method": name}
         curves.append(AccuracyCurve(**words | {key: tuple(words[key]) for key in ("time_steps", "accuracy")}))
     best = max(range(len(rows)), key=lambda number: curves[number].within(stored["errors_at_time_steps"]) or 0.0)
-    return curves, ErrorTable.from_dict(rows[best]["errors"]), rows[best]["ann_accuracy"]
+    errors = replace(ErrorTable.from_dict(rows[best]["errors"]), method=names[best])
+    return curves, errors, max(row["ann_accuracy"] for row in rows)
