@@ -23,7 +23,7 @@ lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab
 test: lint  ## Set up, then check style and types, run all tests and re-run every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests micelab
 ifneq ($(NOTEBOOKS),)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
 		--nbval-cell-timeout=300 notebooks
 endif
 
