@@ -6,8 +6,6 @@ integers, so the sums are exact and the same in any order; one product and one s
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,20 +13,12 @@ from torch import Tensor, nn
 
 from micelab.neuron import IntegrateFire
 
-log = logging.getLogger(__name__)
-
 
 def has_int8(device: str) -> bool:
     """Whether oneDNN's quantized convolution is here: on CPUs of the x86-64 kind that have AVX2."""
     wanted = ("qconv_prepack", "qconv2d_pointwise")
     capable = torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))
     return device == "cpu" and capable and all(hasattr(torch.ops.onednn, name) for name in wanted)
-
-
-@cache
-def say_no_int8(device: str) -> None:
-    """Says once in the log that int8 was asked for in vain."""
-    log.warning("%s has no quantized convolution here: going on in fp32, which is exact", device)
 
 
 def suits(convolution: Any, neuron: Any) -> bool:

@@ -31,11 +31,9 @@ def has_bf16(device: str) -> bool:
 
 
 @cache
-def say_no_bf16(device: str) -> None:
-    """Says once in the log that bf16 was asked for in vain."""
-    log.warning(
-        "%s has no bf16 arithmetic (it would be emulated, and slower than fp32): going on in fp32, which is exact", device
-    )
+def say_lacking(device: str, what: str) -> None:
+    """Says once in the log that a fast mode was asked for in vain."""
+    log.warning("%s has no %s: going on in fp32, which is exact", device, what)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from micelab.activation import over_channels
 from micelab.compiled_neuron import as_bytes
 from micelab.exceptions import InputError
 from micelab.graph import WEIGHTED, LayerRunner, activations, check_images, depth, is_activation, is_fresh, is_size, module_of
-from micelab.machine import has_bf16, say_no_bf16, sums_of_products
+from micelab.machine import has_bf16, say_lacking, sums_of_products
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import Firing, IntegrateFire, over_time
 
@@ -37,6 +37,8 @@ DEVICE_BUDGET = 512 * 2**20
 Precision = Literal["fp32", "bf16", "int8"]
 """fp32 is exact. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16
 numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
+
+_LACKING = {"bf16": "bf16 arithmetic (it would be emulated, and slower than fp32)", "int8": "quantized convolution here"}
 
 
 @dataclass
@@ -245,10 +247,9 @@ class SpikingNetwork(nn.Module):
         if precision != "fp32" and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
         device = str(images.device)
-        has, say_no = {"bf16": (has_bf16, say_no_bf16), "int8": (int8.has_int8, int8.say_no_int8)}.get(precision, (None, None))
-        if has is None or say_no is None or has(device):
+        if precision == "fp32" or (has_bf16 if precision == "bf16" else int8.has_int8)(device):
             return precision
-        say_no(device)
+        say_lacking(device, _LACKING[precision])
         return "fp32"
 
     def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, precision: str = "fp32") -> SimulationRun:

@@ -154,5 +154,5 @@ def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
     words = named.both | named.first | given
     words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
     if words.get("activation") in ("relu", "clip"):
-        words.setdefault("levels", None)
+        words["levels"] = None
     return TrainConfig(**words)

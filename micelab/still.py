@@ -10,7 +10,7 @@ import io
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from html import unescape
+from html import escape, unescape
 from math import ceil
 from typing import Any
 
@@ -233,3 +233,12 @@ def _rgba(colour: str) -> tuple[float, ...]:
     """
     *rgb, alpha = (float(part) for part in colour[colour.index("(") + 1 : -1].split(","))
     return (*(part / 255 for part in rgb), alpha)
+
+
+def as_html(text: str) -> str:
+    """Plain text as HTML; what stands in backquotes is code.
+
+    >>> as_html("`a < b` holds")
+    '<code>a &lt; b</code> holds'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -12,7 +12,7 @@ import micelab
 from micelab.convert import convert
 from micelab.exceptions import InputError
 from micelab.grid import on_grid, snap_to_grid
-from micelab.models import resnet20, small_cnn
+from micelab.models import small_cnn
 
 SIDE = (3, 16, 16)
 
@@ -22,17 +22,8 @@ def pictures(images=5, seed=1):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    torch.manual_seed(0)
-    ann = resnet20(width=4, activation="quant_clip", theta=1.3)
-    with torch.no_grad():
-        ann.train()(pictures(32))
-    return convert(ann.eval(), "qcfs")
-
-
-@pytest.fixture(scope="module")
-def snapped(plain):
-    return snap_to_grid(plain, bits=8, time_steps=8, shape=SIDE)
+def snapped(narrow_snn):
+    return snap_to_grid(narrow_snn, bits=8, time_steps=8, shape=SIDE)
 
 
 def permuted(snn, seed):
@@ -85,16 +76,16 @@ def test_counts_in_fp64_are_those_in_fp32(snapped):
         assert torch.equal(layer.residual.double(), exact.layers[name].residual), name
 
 
-def test_numbers_lie_on_their_grids_and_the_model_is_not_changed(plain, snapped):
+def test_numbers_lie_on_their_grids_and_the_model_is_not_changed(narrow_snn, snapped):
     off_grid = lambda tensor, bits: bool((tensor * 2**bits).frac().any())
     for module in snapped.layers.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             assert not off_grid(module.weight, 8)
             assert not off_grid(module.bias, 14)
     assert not any(off_grid(neuron.theta, 6) for neuron in snapped.neurons.values())
-    assert off_grid(plain.layers.get_submodule("blocks.0.conv1").weight, 8)
-    assert not hasattr(plain.layers, "image_grid")
-    assert plain.most_steps is None
+    assert off_grid(narrow_snn.layers.get_submodule("blocks.0.conv1").weight, 8)
+    assert not hasattr(narrow_snn.layers, "image_grid")
+    assert narrow_snn.most_steps is None
 
 
 def test_largest_sum_of_a_small_network_is_the_one_worked_out_by_hand():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from micelab import int8
+from micelab import int8, machine
 from micelab.compiled_neuron import as_bytes
 from micelab.convert import convert
 from micelab.exceptions import InputError
@@ -17,15 +17,6 @@ needs_int8 = pytest.mark.skipif(not int8.has_int8("cpu"), reason="no quantized c
 
 def pictures(images=5):
     return torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def snn():
-    torch.manual_seed(0)
-    ann = resnet20(width=4, activation="quant_clip", theta=1.3)
-    with torch.no_grad():
-        ann.train()(pictures(32))
-    return convert(ann.eval(), "qcfs")
 
 
 @needs_int8
@@ -51,20 +42,20 @@ def test_a_convolution_of_bytes_is_that_of_the_rounded_weights(theta, stride, gr
 
 
 @needs_int8
-def test_counts_do_not_depend_on_chunks_or_threads_or_on_what_is_kept(snn):
-    expected = snn.simulate(pictures(), 6, precision="int8")
+def test_counts_do_not_depend_on_chunks_or_threads_or_on_what_is_kept(narrow_snn):
+    expected = narrow_snn.simulate(pictures(), 6, precision="int8")
     before = torch.get_num_threads()
     try:
         for threads, chunk in ((1, 1), (1, 3), (2, 5)):
             torch.set_num_threads(threads)
-            run = snn.simulate(pictures(), 6, chunk=chunk, precision="int8")
+            run = narrow_snn.simulate(pictures(), 6, chunk=chunk, precision="int8")
             for name, layer in expected.layers.items():
                 assert torch.equal(layer.count, run.layers[name].count), name
     finally:
         torch.set_num_threads(before)
-    bare = snn.simulate(pictures(), 6, record=False, precision="int8")
+    bare = narrow_snn.simulate(pictures(), 6, record=False, precision="int8")
     torch.testing.assert_close(expected.logits, bare.logits)
-    exact = snn.simulate(pictures(), 6)
+    exact = narrow_snn.simulate(pictures(), 6)
     assert any(not torch.equal(layer.count, exact.layers[name].count) for name, layer in expected.layers.items())
 
 
@@ -75,18 +66,18 @@ def test_signed_spikes_are_left_to_fp32():
     assert torch.equal(signed(pictures(), 4), signed(pictures(), 4, "int8"))
 
 
-def test_int8_falls_back_to_fp32_and_says_so_once(snn, monkeypatch, caplog):
+def test_int8_falls_back_to_fp32_and_says_so_once(narrow_snn, monkeypatch, caplog):
     monkeypatch.setattr(int8, "has_int8", lambda device: False)
-    int8.say_no_int8.cache_clear()
+    machine.say_lacking.cache_clear()
     for _ in range(2):
-        assert torch.equal(snn(pictures(), 3), snn(pictures(), 3, "int8"))
+        assert torch.equal(narrow_snn(pictures(), 3), narrow_snn(pictures(), 3, "int8"))
     assert [record.getMessage() for record in caplog.records] == [
         "cpu has no quantized convolution here: going on in fp32, which is exact"
     ]
 
 
-def test_a_network_on_a_grid_refuses_fast_modes(snn):
-    snapped = snap_to_grid(snn, shape=(3, 16, 16))
+def test_a_network_on_a_grid_refuses_fast_modes(narrow_snn):
+    snapped = snap_to_grid(narrow_snn, shape=(3, 16, 16))
     for mode in ("int8", "bf16"):
         with pytest.raises(InputError, match=f"precision is '{mode}', and this network is on a grid to be exact"):
             snapped.simulate(pictures(), 3, precision=mode)

@@ -257,7 +257,7 @@ def test_bf16_is_a_fast_mode_with_membranes_in_fp32(monkeypatch):
 
 def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(monkeypatch, caplog):
     monkeypatch.setattr("micelab.network.has_bf16", lambda device: False)
-    machine.say_no_bf16.cache_clear()
+    machine.say_lacking.cache_clear()
     snn, images = spiking(), digits()
     for _ in range(2):
         assert torch.equal(snn(images, 4), snn(images, 4, precision="bf16"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import re
 import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from micelab.exceptions import InputError
+from micelab.still import as_html
 
 SECONDS = 5.0
 """How long the reader's function may take in all: the cases are tiny, so more is an endless loop."""
@@ -85,10 +85,10 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         mark, colour = ("✓ Right.", "#007a5a") if self.passed else ("✗ Not yet:", "#b34700")
-        hint = "" if self.passed else f"<div>Hint: {_html(self.hint)}</div>"
+        hint = "" if self.passed else f"<div>Hint: {as_html(self.hint)}</div>"
         return (
             f'<div style="border-left:4px solid {colour};padding:4px 12px">'
-            f'<div><b style="color:{colour}">{mark}</b> {_html(self.message)}</div>{hint}'
+            f'<div><b style="color:{colour}">{mark}</b> {as_html(self.message)}</div>{hint}'
             f"<details><summary>Answer</summary><pre>{escape(self.answer)}</pre></details></div>"
         )
 
@@ -283,8 +283,3 @@ def _short(value: Any) -> str:
             return f"{float(value):.3g}"
         return f"[{', '.join(numbers[:6])}{', ...' if len(numbers) > 6 else ''}]"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _html(text: str) -> str:
-    """Plain text as HTML, what stands in backquotes as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ WIDTH = 440
 """Pixels of one figure: two stand side by side in a notebook, one below the other where there is less room."""
 
 
-class Panel:
+class Panel(ABC):
     """Base of the panels: `state` holds all that the reader has chosen, `specs()` draws it, `sentence()` says it.
 
     A subclass sets `state`, then calls `build`. Whatever the reader moves changes `state` by `choose` and nothing else;
@@ -42,13 +43,13 @@ class Panel:
         below = widgets.HBox(self.drawn, layout=widgets.Layout(flex_flow="row wrap"))
         self.view = widgets.VBox([top, below])
 
+    @abstractmethod
     def specs(self) -> list[Spec]:
         """The figures of the present state, as plain dicts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sentence(self) -> str:
         """What is shown, in words and numbers."""
-        raise NotImplementedError
 
     def live(self) -> str:
         """The numbers beside the picture, as HTML with LaTeX; the sentence, where a panel has nothing better."""

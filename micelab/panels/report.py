@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +11,7 @@ from micelab.checkup import Checkup, Finding
 from micelab.exceptions import InputError
 from micelab.figures.style import Spec
 from micelab.panels.panel import Panel, connect, widgets
+from micelab.still import as_html
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CheckupPanel(Panel):
         found = self.finding
         colour = figures.VERDICT_COLOURS[found.verdict]
         said = f'<b>{escape(found.layer)}</b> ({escape(found.kind)}) <b style="color:{colour}">{_IS[found.verdict]}</b><br>'
-        said += re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(found.why))
+        said += as_html(found.why)
         return said + (f"<br><b>Remedy:</b> {escape(found.remedy)}" if found.remedy else "")
 
 
