@@ -161,3 +161,12 @@ def test_without_plotly_one_sentence_names_the_remedy():
     code += "except micelab.MicelabError as error:\n print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "figures need plotly: run `pip install micelab[figures]`"
+
+
+def test_two_networks_of_one_method_share_its_colour_and_differ_in_their_symbol():
+    curves = [AccuracyCurve((1, 2), (0.5, 0.6), 10, name, 0) for name in ("qcfs", "mice T=4", "mice T=8", "mice")]
+    lines = figures.accuracy_over_time(curves).data
+    assert lines[1].line.color == lines[2].line.color != lines[0].line.color
+    assert lines[1].marker.symbol != lines[2].marker.symbol
+    alone = figures.accuracy_over_time(curves[3:]).data[0]
+    assert (alone.line.color, alone.marker.symbol) == (lines[1].line.color, lines[1].marker.symbol)

@@ -34,13 +34,17 @@ def accuracy_over_time(
 ) -> go.Figure:
     """Accuracy in % over true steps (T + hidden), a line for each conversion, a dashed one for the ANN's own accuracy.
 
-    ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure.
+    ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure;
+    of several networks ("mice T=4", "mice T=8") each has another symbol.
     """
     if not curves:
         raise InputError("there is no accuracy curve to show: give at least one")
     figure, known = go.Figure(), list(methods.METHODS)
+    drawn: list[str] = []
     for number, curve in enumerate(curves):
-        place = known.index(curve.method) if curve.method in known else len(known) + number
+        method = curve.method.split(" ")[0]
+        place, before = known.index(method) if method in known else len(known) + number, drawn.count(method)
+        drawn.append(method)
         hidden = f" ({curve.hidden_steps} hidden)" if curve.hidden_steps else ""
         hidden = f" (upper bound, {curve.true_words} steps)" if curve.turns > 1 else hidden
         figure.add_scatter(
@@ -49,7 +53,7 @@ def accuracy_over_time(
             name=escape(curve.method + hidden, quote=False),
             mode="lines+markers",
             line={"color": METHOD_COLOURS[place % len(METHOD_COLOURS)], "width": 2.5},
-            marker={"symbol": METHOD_SYMBOLS[place % len(METHOD_SYMBOLS)], "size": 9},
+            marker={"symbol": METHOD_SYMBOLS[(place + before) % len(METHOD_SYMBOLS)], "size": 9},
             hovertemplate="%{x} true steps: %{y:.2f} %",
         )
     usual = [curve for curve in curves if curve.turns == 1] or curves  # an upper bound may run out of the picture
