@@ -8,6 +8,7 @@ logarithm, and its gradient comes free: the activation is homogeneous of degree 
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, rate, log_theta = ctx.saved_tensors
+        fused = _in_one_pass("rate_gradient", grad, z, rate, log_theta.exp(), ctx.levels)
+        if fused is not None:
+            grad_z, of_theta, spikes = fused
+            return grad_z, of_theta, spikes * log_theta.exp() / ctx.levels if ctx.needs_input_grad[2] else None, None, None
         theta = over_channels(log_theta.exp(), z)
         grad_z = grad * ((z > 0) & (z < theta))
         dims = [d for d in range(z.dim()) if log_theta.dim() == 0 or d != 1]
@@ -90,6 +95,13 @@ class _StraightThrough(torch.autograd.Function):
             gated = grad * ((z > -theta / ctx.levels) & (z < theta))  # from where v0 <= 1 can make a spike
             grad_v0 = gated.sum(dims, dtype=log_theta.dtype) * log_theta.exp() / ctx.levels
         return grad_z, grad_log_theta, grad_v0, None, None
+
+
+def _in_one_pass(function: str, *args: Any) -> Any:
+    """What the compiled `function` of micelab.compiled_neuron gives; None where the operations of torch must do."""
+    if torch.compiler.is_compiling() or args[0].device.type != "cpu":
+        return None
+    return getattr(import_module("micelab.compiled_neuron"), function)(*args)
 
 
 def straight_through(z: Tensor, rate: Tensor, log_theta: Tensor, v0: Tensor | None, levels: int) -> Tensor:
@@ -160,6 +172,9 @@ class QuantClip(TrainableClip):
     @torch.no_grad()
     def staircase(self, z: Tensor) -> Tensor:
         """Q(z), without gradient."""
+        fused = _in_one_pass("staircase", z, self.theta, self.v0, self.levels)
+        if fused is not None:
+            return fused
         theta = over_channels(self.theta, z)
         return (
             torch.floor((z * (self.levels / theta)).add_(over_channels(self.v0, z)))

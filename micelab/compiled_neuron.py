@@ -36,6 +36,9 @@ COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 """`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
 
+BLOCK = 4096
+"""So many neurons share a sum of gradients, as in neuron.c."""
+
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
 
@@ -52,9 +55,11 @@ def fire(
 ) -> tuple[Tensor, Tensor] | None:
     """What `micelab.neuron.fire` does, (count, residual), in one pass; None where it cannot run here.
 
-    current [T, N, ...] fp32 (other types are the loop's); out: like `current`, and it may be `current` or `plus` itself.
+    current [T, N, ...] fp32 or bf16 (other types are the loop's); out: like `current`, and it may be `current` or `plus`
+    itself.
     """
-    if current.dtype != torch.float32 or out.dtype != torch.float32 or not is_dense(out[0]) or not current.numel():
+    same = current.dtype == out.dtype and (plus is None or plus.dtype == out.dtype)
+    if out.dtype not in (torch.float32, torch.bfloat16) or not same or not is_dense(out[0]) or not current.numel():
         return None
     library = compiled()
     return None if library is None else _call(library.fire, current, theta, v0, signed, out, amplitude, count, plus)
@@ -70,9 +75,50 @@ def as_bytes(values: Tensor) -> Tensor:
     if library is None or values.dtype != torch.float32 or not is_dense(values):
         return values.ne(0).view(torch.uint8)
     made = torch.empty_like(values, dtype=torch.uint8)
-    threads = torch.get_num_threads() if values.numel() >= ALONE else 1
-    library.ones(values.data_ptr(), made.data_ptr(), values.numel(), threads)
+    library.ones(values.data_ptr(), made.data_ptr(), values.numel(), _threads(values))
     return made
+
+
+def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tensor | None:
+    """Q(z) of `micelab.activation.quantize` in one pass over z, fp32 or bf16; None where it cannot run here.
+
+    theta, v0: one number for all.
+    """
+    library = _for_training(theta, v0, z)
+    if library is None:
+        return None
+    rate, bound = torch.empty_like(z), theta.detach()
+    scales = (float(levels / bound), float(v0), float(levels), float(bound / levels))
+    library.staircase(z.data_ptr(), rate.data_ptr(), *scales, z.numel(), z.dtype == torch.bfloat16, _threads(z))
+    return rate
+
+
+def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(gradient of z, its sum for log(theta), its sum for v0 in spikes) of `micelab.activation.straight_through`, in one pass
+    over the three; None where it cannot run here. theta: one number for all."""
+    library = _for_training(theta, 0.0, z, rate, grad)
+    if library is None:
+        return None
+    bound, grad_z = float(theta), torch.empty_like(z)
+    sums = torch.empty(-(-z.numel() // BLOCK), 2, dtype=torch.float64)
+    pointers = [tensor.data_ptr() for tensor in (grad, z, rate, grad_z, sums)]
+    library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, _threads(z))
+    of_theta, of_start = sums.sum(0).float()
+    return grad_z, of_theta, of_start
+
+
+def _for_training(theta: Tensor, v0: Tensor | float, *values: Tensor) -> Any:
+    """The library where it can take one theta and v0 for all and `values` that lie alike in memory; else None."""
+    like = values[0]
+    if like.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    single = theta.numel() == 1 and (not isinstance(v0, Tensor) or v0.numel() == 1)
+    alike = all(value.dtype == like.dtype and value.stride() == like.stride() for value in values)
+    return compiled() if single and alike and is_dense(like) and like.numel() else None
+
+
+def _threads(values: Tensor) -> int:
+    return torch.get_num_threads() if values.numel() >= ALONE else 1
 
 
 def _call(
@@ -86,20 +132,19 @@ def _call(
     count: bool,
     plus: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    step = out[0]
-    bound = over_channels(theta, current, channel_dim=2)
-    start = over_channels(v0, current, channel_dim=2) * bound
+    step = torch.empty_like(out[0], dtype=torch.float32)
+    bound = over_channels(theta, step)
+    start = over_channels(v0, step) * bound
     current = in_order_of(out, current)
     plus = None if plus is None else in_order_of(out, plus)
     bound, start = _laid_out(bound, step), _laid_out(start, step)
-    residual = torch.empty_like(step)
+    residual = step
     fired = torch.empty_like(step) if count else step.new_empty(0)
-    threads = torch.get_num_threads() if out.numel() >= ALONE else 1
     function(
         *(current.data_ptr(), None if plus is None else plus.data_ptr(), bound.data_ptr(), start.data_ptr(), out.data_ptr()),
         *(fired.data_ptr() if count else None, residual.data_ptr(), step.numel()),
         *(current.stride(0), 0 if plus is None else plus.stride(0), out.stride(0), bound.numel(), start.numel()),
-        *(len(out), int(signed), int(amplitude), threads),
+        *(len(out), int(signed), int(amplitude), int(out.dtype == torch.bfloat16), _threads(out)),
     )
     return fired, residual
 
@@ -147,9 +192,13 @@ def load(cc: str) -> Any:
         except (OSError, subprocess.SubprocessError) as error:
             errors.append(_first_line(error))
             continue
-        library.fire.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 7 + [ctypes.c_int] * 3
-        library.ones.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        library.fire.restype = library.ones.restype = None
+        place, number, size, flag = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
+        library.fire.argtypes = [place] * 7 + [size] * 7 + [flag] * 4
+        library.ones.argtypes = [place] * 2 + [size, flag]
+        library.staircase.argtypes = [place] * 2 + [number] * 4 + [size, flag, flag]
+        library.rate_gradient.argtypes = [place] * 5 + [number] * 2 + [size, flag, flag]
+        for function in (library.fire, library.ones, library.staircase, library.rate_gradient):
+            function.restype = None
         return library
     raise OSError(f"the C compiler {cc} failed ({errors[-1]})")
 

@@ -218,10 +218,7 @@ class SpikingNetwork(nn.Module):
         least."""
         shape = tuple(images.shape[1:])
         if shape not in self._largest:
-            probe = _Probe(self.layers)
-            with torch.inference_mode():
-                probe.run(images[:1])
-            self._largest[shape] = probe.largest
+            self._largest[shape] = largest_layer(self.layers, images[:1])
         budget = CACHE_BUDGET if images.device.type == "cpu" else device_budget(images.device, DEVICE_BUDGET)
         budget //= self._shrink
         return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)[0]))
@@ -268,6 +265,14 @@ def steps_to_run(layers: fx.GraphModule, time_steps: int) -> tuple[int, int]:
     return max(before + time_steps, max((neuron.ahead for neuron in neurons), default=0)), before
 
 
+def largest_layer(layers: fx.GraphModule, image: Tensor) -> int:
+    """Neurons of the largest layer for such an image [1, C, H, W]."""
+    probe = _Probe(layers)
+    with torch.no_grad():
+        probe.run(image)
+    return probe.largest
+
+
 class _Probe(LayerRunner):
     """Runs one image without neurons, to see how large the layers are."""
 
@@ -312,14 +317,16 @@ class TimeFolded(LayerRunner):
 
     def _is_joined(self, n: fx.Node) -> bool:
         """Whether the sum `n` of two currents is left to the neurons, which alone read it."""
-        if type(self).activate is not TimeFolded.activate:
-            return False
         reader = next(iter(n.users)) if len(n.users) == 1 else n
         if n.target not in (operator.add, torch.add) or len(n.args) != 2 or n.kwargs or not is_activation(self.traced, reader):
             return False
         module = module_of(self.traced, str(reader.target))
         first, second = (self.env[source] for source in n.all_input_nodes)
-        return module.adds and first.shape == second.shape and first.dtype == second.dtype
+        return self.joins(module) and first.shape == second.shape and first.dtype == second.dtype
+
+    def joins(self, module: Any) -> bool:
+        """Whether such neurons may add two currents themselves."""
+        return type(self).activate is TimeFolded.activate and module.adds
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In a fast mode layers with weights that act at every step have their own arithmetic; what they give is fp32."""
@@ -394,8 +401,12 @@ class TimeFolded(LayerRunner):
         out = next((z for z, source in rooms if self.is_room(source)), None)
         out = torch.empty_like(summands[0]) if out is None else out
         first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*summands, out))
-        module.respond_to_sum(first, second, steps)
+        self.fire_sum(module, first, second, steps)
         return out
+
+    def fire_sum(self, module: Any, first: Tensor, second: Tensor, out: Tensor) -> None:
+        """Writes theta*s(t) for the sum of two currents [steps, n, ...] into `out`, which may be one of them."""
+        module.respond_to_sum(first, second, out)
 
     def _layer_run(self, did: Firing, mean: Tensor, theta: Tensor, steps: Tensor) -> LayerRun:
         kind = torch.int16 if self.steps < 2**15 else torch.int32

@@ -3,6 +3,7 @@
    Neurons lie in memory order, `neurons` of them a step; step t's currents begin at current + t*step_current (0: the same at
    every step). theta and start repeat after theta_period and start_period neurons (1: one number for all). plus: a second
    current that is added first, or NULL. count: where the sums of spikes go, or NULL. out may be current or plus itself.
+   half: currents and out are bfloat16; membranes, thresholds and counts are float in any case.
    Compiled without contraction, so that every sum and product is rounded as the loop in micelab/neuron.py rounds it. */
 
 #include <stdint.h>
@@ -14,10 +15,13 @@
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 typedef struct {
-    const float *current, *plus, *theta, *start;
-    float *out, *count, *residual;
+    const void *current, *plus;
+    const float *theta, *start;
+    void *out;
+    float *count, *residual;
     int64_t neurons, step_current, step_plus, step_out, theta_period, start_period, steps;
 } task;
 
@@ -39,6 +43,35 @@ INLINE vector load(const float *from)
     return values;
 }
 
+/* the first `bytes` of LANES floats, or half so many bytes of bfloat16, from number `at` on; 0 beyond */
+INLINE vector take(const void *from, int64_t at, int64_t bytes, const int half)
+{
+    vector values = {0};
+    if (!half) {
+        memcpy(&values, (const float *)from + at, bytes);
+        return values;
+    }
+    halves stored = {0};
+    memcpy(&stored, (const uint16_t *)from + at, bytes / 2);
+    mask wide = __builtin_convertvector(stored, mask) << 16;
+    memcpy(&values, &wide, sizeof values);
+    return values;
+}
+
+/* the reverse; bfloat16 is rounded to nearest, ties to even */
+INLINE void put(void *into, int64_t at, int64_t bytes, const int half, vector values)
+{
+    if (!half) {
+        memcpy((float *)into + at, &values, bytes);
+        return;
+    }
+    mask wide;
+    memcpy(&wide, &values, sizeof wide);
+    wide = ((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) & 0xffff;
+    halves stored = __builtin_convertvector(wide, halves);
+    memcpy((uint16_t *)into + at, &stored, bytes / 2);
+}
+
 /* LANES values of a pattern that repeats, for the neurons from `here` on */
 INLINE vector repeated(const float *from, int64_t period, int64_t here)
 {
@@ -55,7 +88,7 @@ INLINE vector repeated(const float *from, int64_t period, int64_t here)
 
 /* V vectors of neurons from `here` on; or, with V = 1, the `size` < LANES neurons that are left over */
 INLINE void some(const task *k, int64_t here, int64_t size, const int V, const int with_plus, const int is_signed,
-                 const int amplitude, const int counted)
+                 const int amplitude, const int counted, const int half)
 {
     vector theta[MOST], v[MOST], fired[MOST];
     const int64_t bytes = V > 1 ? 4 * LANES : size * 4;
@@ -69,12 +102,9 @@ INLINE void some(const task *k, int64_t here, int64_t size, const int V, const i
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++) {
             const int64_t at = here + i * LANES;
-            vector drive = {0}, more = {0};
-            memcpy(&drive, k->current + t * k->step_current + at, bytes);
-            if (with_plus) {
-                memcpy(&more, k->plus + t * k->step_plus + at, bytes);
-                drive += more;
-            }
+            vector drive = take(k->current, t * k->step_current + at, bytes, half);
+            if (with_plus)
+                drive += take(k->plus, t * k->step_plus + at, bytes, half);
             v[i] += drive;
             vector spike = ones_where(v[i] >= theta[i]);
             if (is_signed)
@@ -83,7 +113,7 @@ INLINE void some(const task *k, int64_t here, int64_t size, const int V, const i
             if (is_signed || counted)
                 fired[i] += spike;
             v[i] -= sent;
-            memcpy(k->out + t * k->step_out + at, amplitude ? &sent : &spike, bytes);
+            put(k->out, t * k->step_out + at, bytes, half, amplitude ? sent : spike);
         }
     }
 #pragma GCC unroll 8
@@ -94,31 +124,107 @@ INLINE void some(const task *k, int64_t here, int64_t size, const int V, const i
     }
 }
 
-INLINE void all(const task *k, int threads, const int with_plus, const int is_signed, const int amplitude, const int counted)
+INLINE void all(const task *k, int threads, const int with_plus, const int is_signed, const int amplitude, const int counted,
+                const int half)
 {
     const int64_t whole = k->neurons / (MOST * LANES) * (MOST * LANES);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t here = 0; here < whole; here += MOST * LANES)
-        some(k, here, LANES, MOST, with_plus, is_signed, amplitude, counted);
+        some(k, here, LANES, MOST, with_plus, is_signed, amplitude, counted, half);
     for (int64_t here = whole; here < k->neurons; here += LANES) {
         int64_t left = k->neurons - here;
-        some(k, here, left < LANES ? left : LANES, 1, with_plus, is_signed, amplitude, counted);
+        some(k, here, left < LANES ? left : LANES, 1, with_plus, is_signed, amplitude, counted, half);
     }
 }
 
 void fire(
-    const float *current, const float *plus, const float *theta, const float *start, float *out, float *count, float *residual,
+    const void *current, const void *plus, const float *theta, const float *start, void *out, float *count, float *residual,
     int64_t neurons, int64_t step_current, int64_t step_plus, int64_t step_out, int64_t theta_period, int64_t start_period,
-    int64_t steps, int is_signed, int amplitude, int threads)
+    int64_t steps, int is_signed, int amplitude, int half, int threads)
 {
     const task k = {current, plus, theta, start, out, count, residual, neurons, step_current, step_plus, step_out,
                     theta_period, start_period, steps};
     if (is_signed || !amplitude)
-        plus ? all(&k, threads, 1, is_signed, amplitude, count != 0) : all(&k, threads, 0, is_signed, amplitude, count != 0);
+        all(&k, threads, plus != 0, is_signed, amplitude, count != 0, half);
+    else if (half)
+        plus ? all(&k, threads, 1, 0, 1, count != 0, 1) : all(&k, threads, 0, 0, 1, count != 0, 1);
     else if (count)
-        plus ? all(&k, threads, 1, 0, 1, 1) : all(&k, threads, 0, 0, 1, 1);
+        plus ? all(&k, threads, 1, 0, 1, 1, 0) : all(&k, threads, 0, 0, 1, 1, 0);
     else
-        plus ? all(&k, threads, 1, 0, 1, 0) : all(&k, threads, 0, 0, 1, 0);
+        plus ? all(&k, threads, 1, 0, 1, 0, 0) : all(&k, threads, 0, 0, 1, 0, 0);
+}
+
+/* the rates of the `bytes`/4 neurons from `at` on: theta*clip(floor(z*levels/theta + v0), 0, levels)/levels */
+INLINE void rates(const void *z, void *rate, float up, float v0, float most, float down, int64_t at, int64_t bytes, const int half)
+{
+    vector level = take(z, at, bytes, half) * up + v0;
+    float numbers[LANES];
+    memcpy(numbers, &level, sizeof numbers);
+    for (int i = 0; i < LANES; i++) {
+        float n = __builtin_floorf(numbers[i]);
+        n = n < 0.0f ? 0.0f : n;
+        numbers[i] = n > most ? most : n; /* NaN stays NaN */
+    }
+    memcpy(&level, numbers, sizeof level);
+    put(rate, at, bytes, half, level * down);
+}
+
+void staircase(const void *z, void *rate, float up, float v0, float most, float down, int64_t size, int half, int threads)
+{
+    const int64_t whole = size / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t at = 0; at < whole; at += LANES)
+        half ? rates(z, rate, up, v0, most, down, at, 4 * LANES, 1) : rates(z, rate, up, v0, most, down, at, 4 * LANES, 0);
+    if (whole < size)
+        rates(z, rate, up, v0, most, down, whole, 4 * (size - whole), half);
+}
+
+#define BLOCK 4096
+
+typedef struct {
+    const void *grad, *z, *rate;
+    void *grad_z;
+    float theta, below;
+} backward;
+
+/* grad_z = grad where 0 < z < theta, for the `bytes`/4 neurons from `at` on; adds grad*rate - grad_z*z to the first sum and
+   grad, where below < z < theta, to the second */
+INLINE void gradients(const backward *k, int64_t at, int64_t bytes, const int half, vector *of_theta, vector *of_start)
+{
+    const vector grad = take(k->grad, at, bytes, half), z = take(k->z, at, bytes, half);
+    const mask under = z < k->theta;
+    const vector through = grad * ones_where(under & (z > 0.0f));
+    put(k->grad_z, at, bytes, half, through);
+    *of_theta += grad * take(k->rate, at, bytes, half) - through * z;
+    *of_start += grad * ones_where(under & (z > k->below));
+}
+
+/* the sums go to sums[2*b] and sums[2*b + 1] for block b of the neurons, so that threads do not change them */
+void rate_gradient(const void *grad, const void *z, const void *rate, void *grad_z, double *sums, float theta, float below,
+                   int64_t size, int half, int threads)
+{
+    const backward k = {grad, z, rate, grad_z, theta, below};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < size; block += BLOCK) {
+        const int64_t end = size - block < BLOCK ? size : block + BLOCK;
+        vector of_theta = {0}, of_start = {0};
+        int64_t at = block;
+        if (half)
+            for (; at + LANES <= end; at += LANES)
+                gradients(&k, at, 4 * LANES, 1, &of_theta, &of_start);
+        else
+            for (; at + LANES <= end; at += LANES)
+                gradients(&k, at, 4 * LANES, 0, &of_theta, &of_start);
+        if (at < end)
+            gradients(&k, at, 4 * (end - at), half, &of_theta, &of_start);
+        double first = 0, second = 0;
+        for (int i = 0; i < LANES; i++) {
+            first += of_theta[i];
+            second += of_start[i];
+        }
+        sums[2 * (block / BLOCK)] = first;
+        sums[2 * (block / BLOCK) + 1] = second;
+    }
 }
 
 /* bytes[i] = 1 where values[i] is not 0 */

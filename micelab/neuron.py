@@ -107,20 +107,21 @@ def step_by_step(
     >>> count.tolist(), out.flatten().tolist()
     ([1.0], [0.0, 1.0, 0.0, 0.0])
     """
-    theta = over_channels(theta, current, channel_dim=2)
-    v = torch.empty_like(current[0]).copy_((over_channels(v0, current, channel_dim=2) * theta).expand_as(current[0]))
+    v = torch.empty_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))
+    theta = over_channels(theta, v)
+    v.copy_((over_channels(v0, v) * theta).expand_as(v))
     fired = torch.zeros_like(v) if signed or count else v.new_empty(0)
     for t in range(current.shape[0]):
-        v += current[t] if plus is None else current[t] + plus[t]
+        v += current[t] if plus is None else current[t].to(v.dtype) + plus[t]
         spike = torch.ge(v, theta, out=out[t])
         if signed:
             spike -= ((v < 0) & (fired > 0)).to(spike.dtype)
         if signed or count:
             fired += spike
+        sent = spike.to(v.dtype) * theta
+        v -= sent
         if amplitude:
-            v -= spike.mul_(theta)
-        else:
-            v -= spike * theta
+            spike.copy_(sent)
     return fired, v
 
 

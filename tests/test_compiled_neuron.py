@@ -46,14 +46,17 @@ def both(current, theta, v0, signed, amplitude, count, plus, same_place=False):
     constant=st.booleans(),
     seed=st.integers(0, 999),
     flags=st.tuples(*[st.booleans()] * 5),
+    kind=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_compiled_neuron_equals_the_loop_bit_for_bit(
-    steps, images, channels, side, theta, start, channels_last, constant, seed, flags
+    steps, images, channels, side, theta, start, channels_last, constant, seed, flags, kind
 ):
     signed, amplitude, count, with_plus, same_place = flags
     shape = (images, channels, side, side)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    make = lambda n, seed: drawn(n * images, *shape[1:], seed=seed).contiguous(memory_format=layout).unflatten(0, (n, images))
+    make = lambda n, seed: (
+        drawn(n * images, *shape[1:], seed=seed).to(kind).contiguous(memory_format=layout).unflatten(0, (n, images))
+    )
     current = make(1, seed).expand(steps, *shape) if constant else make(steps, seed)
     theta = torch.tensor(0.7) if theta == "number" else drawn(channels, seed=seed).abs() + 0.1
     v0 = {"number": 0.5, "channel": drawn(channels, seed=1), "neuron": drawn(*shape, seed=2)}[start]
@@ -61,6 +64,61 @@ def test_compiled_neuron_equals_the_loop_bit_for_bit(
     (a, *others), (b, *expected) = both(current, theta, v0, signed, amplitude, count, plus, same_place)
     assert torch.equal(a, b)
     assert all(torch.equal(x, y) for x, y in zip(others[not count :], expected[not count :], strict=True))
+
+
+def laid_out(shape, kind, channels_last, seed):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return drawn(*shape, seed=seed).to(kind).contiguous(memory_format=layout)
+
+
+@needs_compiler
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 25), st.integers(1, 25)),
+    levels=st.integers(1, 16),
+    theta=st.floats(0.2, 3),
+    v0=st.floats(0, 1),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_the_staircase_and_its_gradient_in_one_pass_are_those_of_torch(shape, levels, theta, v0, channels_last, seed):
+    z, grad = (laid_out(shape, torch.float32, channels_last, s) for s in (seed, seed + 1))
+    theta = torch.tensor(theta)
+    rate = compiled_neuron.staircase(z, theta, v0, levels)
+    expected = torch.floor((z * (levels / theta)).add_(v0)).clamp_(0, levels).mul_(theta / levels)
+    assert torch.equal(rate, expected)
+    assert rate.stride() == z.stride()
+    grad_z, of_theta, of_start = compiled_neuron.rate_gradient(grad, z, rate, theta, levels)
+    gate = (z > 0) & (z < theta)
+    assert torch.equal(grad_z, grad * gate)
+    torch.testing.assert_close(of_theta, (grad * rate - grad * gate * z).sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_start, (grad * ((z > -theta / levels) & (z < theta))).sum(), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_diverged_layer_stays_seen(kind):
+    z = torch.tensor([[torch.nan] + [torch.inf] * 9]).to(kind)
+    assert compiled_neuron.staircase(z, torch.tensor(1.0), 0.5, 4).isnan().tolist() == [[True] + [False] * 9]
+
+
+@needs_compiler
+def test_in_bf16_the_staircase_is_rounded_once_and_gradients_are_summed_in_fp32():
+    z, grad = (laid_out((4, 8, 33, 33), torch.bfloat16, True, s) for s in (0, 1))
+    theta = torch.tensor(1.3)
+    rate = compiled_neuron.staircase(z, theta, 0.5, 8)
+    expected = torch.floor(z.float() * (8 / theta) + 0.5).clamp(0, 8) * (theta / 8)
+    assert torch.equal(rate, expected.to(torch.bfloat16))
+    grad_z, of_theta, _ = compiled_neuron.rate_gradient(grad, z, rate, theta, 8)
+    assert torch.equal(grad_z, grad * ((z > 0) & (z.float() < theta)))
+    torch.testing.assert_close(of_theta, (grad.float() * rate.float() - grad_z.float() * z.float()).sum(), rtol=1e-4, atol=1e-2)
+
+
+@needs_compiler
+def test_what_lies_otherwise_in_memory_or_has_a_bound_for_each_channel_is_left_to_torch():
+    z, theta = drawn(2, 3, 4, 4), torch.tensor(1.0)
+    assert compiled_neuron.staircase(z, torch.ones(3), 0.5, 4) is None
+    assert compiled_neuron.staircase(z.double(), theta, 0.5, 4) is None
+    assert compiled_neuron.rate_gradient(z.contiguous(memory_format=torch.channels_last), z, z, theta, 4) is None
 
 
 @needs_compiler

@@ -117,6 +117,26 @@ def test_in_training_batch_norm_is_that_of_the_mean_current_at_every_step(name):
     torch.testing.assert_close(logits, simulated, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_chunks_of_the_images_do_not_change_what_is_learned(name, monkeypatch):
+    torch.manual_seed(3)
+    make, shape = NETWORKS[name]
+    images = torch.rand(7, *shape)
+    net = settled(prepare(make(), 3), images).train()
+    if name == "branches":
+        net.drop.p = 0.0
+    found = []
+    for chunk in (7, 3):
+        own = copy.deepcopy(net)
+        spikes = SpikesInTheLoop(own)
+        monkeypatch.setattr(spikes, "_chunk", lambda images, time_steps, chunk=chunk: chunk)
+        logits, penalty = spikes(images, 3, penalize=True)
+        (logits.square().sum() + penalty).backward()
+        found.append([logits, penalty, *(p.grad for p in own.parameters()), *own.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_at_one_step_the_gradient_is_that_of_the_staircase():
     torch.manual_seed(2)
     images = torch.rand(4, 1, 8, 8)
