@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
+from micelab.folded import TimeFolded
 from micelab.graph import LayerRunner
-from micelab.network import SpikingNetwork, TimeFolded
+from micelab.network import SpikingNetwork
 from micelab.neuron import fire
 
 IMAGES = 256

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,48 +91,80 @@ def in_chunks(
     work: Callable[[Tensor], Result],
     halved: Callable[[], None] = lambda: None,
     pace: Pace | None = None,
+    lanes: int = 1,
 ) -> Iterator[tuple[int, Tensor, Result]]:
     """(start, images[start : start + n], work of them) for all images [N, ...], n = `size` at a time, or as `pace` finds best.
 
-    Where the memory does not suffice, n is halved for the rest, `halved` is called, and the first time the log says so.
-    Raises InputError where it does not suffice for one image.
+    `lanes` chunks are worked on side by side, each by one thread; what comes back is in order. Where the memory does not
+    suffice, n is halved for the rest, `halved` is called, and the first time the log says so. Raises InputError where it does
+    not suffice for one image.
 
     >>> [(start, done) for start, _, done in in_chunks(torch.ones(5, 2), 2, lambda part: int(part.sum()))]
     [(0, 4), (2, 4), (4, 2)]
     """
-    start, told = 0, False
-    while start < len(images):
-        part = images[start : start + (size if pace is None else pace.size(len(images) - start))]
-        begun = time.thread_time()  # while another program has the processor it stands still
-        result = _try(work, part)
-        if result is not None:
-            if pace is not None:
-                pace.took(len(part), time.thread_time() - begun)
-            yield start, part, result[0]
-            start += len(part)
-            continue
-        if images.is_cuda and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(part) == 1:
-            raise InputError(
-                f"the memory of {images.device} does not suffice for one image: use fewer time-steps, or a smaller network, free "
-                "what else lies there, or simulate on the cpu"
-            )
-        size, pace = len(part) // 2, None
-        halved()
-        if not told:
-            told = True
-            log.warning("%s is out of memory with %d images at a time: going on with %d", images.device, len(part), size)
+    start = ahead = 0
+    told = False
+    begun: deque[tuple[Tensor, Callable[[], tuple[tuple[Result] | None, float]]]] = deque()
+    with _side_by_side(lanes if len(images) > 1 else 1) as begin:
+        while start < len(images):
+            while ahead < len(images) and len(begun) <= (lanes if lanes > 1 else 0):  # one in reserve, so that no thread waits
+                part = images[ahead : ahead + (size if pace is None else pace.size(len(images) - ahead))]
+                begun.append((part, begin(_try, work, part)))
+                ahead += len(part)
+            part, outcome = begun.popleft()
+            result, seconds = outcome()
+            if result is not None:
+                if pace is not None:
+                    pace.took(len(part), seconds)
+                yield start, part, result[0]
+                start += len(part)
+                continue
+            while begun:  # what is under way beside it needs memory, too: it comes again, in smaller pieces
+                begun.popleft()[1]()
+            ahead = start
+            if images.is_cuda and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(part) == 1:
+                raise InputError(
+                    f"the memory of {images.device} does not suffice for one image: use fewer time-steps, or a smaller network, "
+                    "free what else lies there, or simulate on the cpu"
+                )
+            size, pace = len(part) // 2, None
+            halved()
+            if not told:
+                told = True
+                log.warning("%s is out of memory with %d images at a time: going on with %d", images.device, len(part), size)
 
 
-def _try(work: Callable[[Tensor], Result], part: Tensor) -> tuple[Result] | None:
-    """(result,), or None where memory ran out: the error is gone by then, and with it the tensors that its frames held."""
+@contextmanager
+def _side_by_side(lanes: int) -> Iterator[Callable[..., Callable[[], Any]]]:
+    """`begin(function, *args)`, which gives a function to wait for the result: with one lane the work is done by then."""
+    if lanes == 1:
+        yield lambda function, *args: partial(_same, function(*args))
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(lanes, "micelab", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        return (work(part),)
+        yield lambda function, *args: pool.submit(function, *args).result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what a thread sets for itself is what threads to come begin with
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _try(work: Callable[[Tensor], Result], part: Tensor) -> tuple[tuple[Result] | None, float]:
+    """((result,), seconds of this thread), or (None, seconds) where memory ran out: the error is gone by then, and with it the
+    tensors that its frames held. While another program has the processor, the thread's clock stands still."""
+    begun = time.thread_time()
+    try:
+        return (work(part),), time.thread_time() - begun
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        return None
+        return None, time.thread_time() - begun
 
 
 def is_dense(step: Tensor) -> bool:

@@ -184,9 +184,10 @@ class IntegrateFire(nn.Module):
         sent, residual = fire(current, self.theta, self.v0, self.signed, out, amplitude=True, count=count)
         return Firing(sent, residual, self.v0)
 
-    def respond_to_sum(self, first: Tensor, second: Tensor, out: Tensor) -> None:
+    def respond_to_sum(self, first: Tensor, second: Tensor, out: Tensor, count: bool = True) -> Firing:
         """Writes theta*s(t) for the sum of two currents [T, N, ...] into `out`, which may be one of them; only if `adds`."""
-        fire(first, self.theta, self.v0, self.signed, out, amplitude=True, plus=second)
+        sent, residual = fire(first, self.theta, self.v0, self.signed, out, amplitude=True, count=count, plus=second)
+        return Firing(sent, residual, self.v0)
 
     def forward(self, current: Tensor) -> Tensor:
         """theta*s(t), [T, N, ...], for currents [T, N, ...]."""

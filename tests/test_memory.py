@@ -1,5 +1,7 @@
 """Chunks that fit the memory: the budget asked of the driver, and a chunk halved where the memory runs out."""
 
+import threading
+
 import pytest
 import torch
 
@@ -13,6 +15,15 @@ from micelab.network import DEVICE_BUDGET
 def snn():
     torch.manual_seed(0)
     return micelab.convert(micelab.small_cnn(activation="quant_clip", theta=0.5), "qcfs")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread, so that chunks come one after another; a test may set more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 class Card:
@@ -44,6 +55,61 @@ def test_out_of_memory_halves_the_chunk_says_so_once_and_goes_on(snn, monkeypatc
         assert torch.equal(expected.layers[name].count, layer.count)
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_chunks_side_by_side_give_the_same_and_leave_the_threads_as_they_were(snn, threads, record):
+    images = torch.rand(13, 1, 8, 8)
+    expected = snn.simulate(images, 3, record=record, chunk=2)
+    threads(3)
+    run = snn.simulate(images, 3, record=record, chunk=2)
+    assert torch.equal(expected.logits, run.logits)
+    for name, layer in expected.layers.items():
+        assert torch.equal(layer.count, run.layers[name].count)
+        assert torch.equal(layer.mean_current, run.layers[name].mean_current)
+    found = []
+    kept = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    kept.start()
+    kept.join()
+    assert found == [3] == [torch.get_num_threads()]
+
+
+def test_chunks_side_by_side_come_in_order_each_by_one_thread():
+    threads, release = [], threading.Event()
+
+    def work(part):
+        threads.append((threading.get_ident(), torch.get_num_threads()))
+        if part[0, 0] == 0:  # the first waits for a later one
+            assert release.wait(20)
+        else:
+            release.set()
+        return part.sum().item()
+
+    images = torch.arange(6.0).unsqueeze(1)
+    found = [(start, done) for start, _, done in memory.in_chunks(images, 1, work, lanes=2)]
+    assert found == [(n, n) for n in range(6)]
+    assert len({ident for ident, _ in threads}) == 2
+    assert {count for _, count in threads} == {1}
+
+
+def test_out_of_memory_side_by_side_halves_for_all_and_loses_nothing(snn, threads, monkeypatch, caplog):
+    images = torch.rand(13, 1, 8, 8)
+    expected = snn.simulate(images, 3, chunk=1)
+    threads(2)
+    Card(snn, monkeypatch, images=3)
+    run = snn.simulate(images, 3, chunk=6)
+    assert torch.equal(expected.logits, run.logits)
+    assert torch.equal(expected.layers["stem.2"].count, run.layers["stem.2"].count)
+    assert len(caplog.records) == 1
+
+
+def test_a_simulation_that_is_left_early_ends_its_threads(snn, threads):
+    threads(2)
+    before = threading.active_count()
+    parts = snn.stream(torch.rand(40, 1, 8, 8), 3)
+    next(parts)
+    parts.close()
+    assert threading.active_count() == before
+
+
 def test_a_chunk_that_did_not_fit_is_not_tried_again(snn, monkeypatch):
     images = torch.rand(8, 1, 8, 8)
     card = Card(snn, monkeypatch, images=4)
@@ -64,7 +130,7 @@ def test_memory_too_small_for_what_every_layer_did_names_the_remedy(snn, monkeyp
     def full(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("micelab.network.SimulationRun.room_for", full)
+    monkeypatch.setattr("micelab.records.LayerRun.room_for", full)
     with pytest.raises(InputError, match="does not suffice to keep what every layer did for 4 images: use record=False"):
         snn.simulate(torch.rand(4, 1, 8, 8), 3, chunk=2)
 

@@ -194,6 +194,7 @@ def test_streaming_gives_the_same_layers_as_one_run(monkeypatch):
     monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 4)
     parts = list(snn.stream(images, 4))
     assert [len(part) for part, _ in parts] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat([part for part, _ in parts]), images)
     for name, layer in whole.layers.items():
         assert torch.equal(layer.count, torch.cat([run.layers[name].count for _, run in parts]))
 
