@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from micelab import int8
 from micelab.compiled_neuron import as_bytes
@@ -92,13 +92,15 @@ class TimeFolded(LayerRunner):
         return type(self).activate is TimeFolded.activate and module.adds
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In a fast mode layers with weights that act at every step have their own arithmetic; what they give is fp32."""
+        """In a fast mode layers with weights that act at every step have their own arithmetic; a head's is fp32 in any case."""
         module = module_of(self.traced, target)
         if self.precision == "fp32" or self.node not in self.over_time or not isinstance(module, WEIGHTED):
             return super().call_module(target, args, kwargs)
         if self.precision == "bf16":
+            if isinstance(module, nn.Linear):
+                return super().call_module(target, (args[0].float(), *args[1:]), kwargs)
             with torch.autocast(args[0].device.type, torch.bfloat16):
-                return super().call_module(target, args, kwargs).to(args[0].dtype)
+                return super().call_module(target, args, kwargs)
         source = self.node.all_input_nodes[0]
         neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
         if not int8.suits(module, neuron):
@@ -156,7 +158,7 @@ class TimeFolded(LayerRunner):
         did = module.respond(current, steps, self.time_steps, count=self.record)
         if self.record:
             self.records[name] = self._layer_run(did, mean, module.theta, steps)
-        return out
+        return out.to(torch.bfloat16) if self.precision == "bf16" else out
 
     def _mean(self, module: Any, current: Tensor) -> Tensor | None:
         """The mean current, [n, ...], where it must be kept: where it is at hand, or charge balance does not tell it."""
