@@ -84,7 +84,7 @@ def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tens
 
     theta, v0: one number for all.
     """
-    library = _for_training(theta, v0, z)
+    library = _for_training(z, theta, v0)
     if library is None:
         return None
     rate, bound = torch.empty_like(z), theta.detach()
@@ -96,25 +96,24 @@ def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tens
 def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """(gradient of z, its sum for log(theta), its sum for v0 in spikes) of `micelab.activation.straight_through`, in one pass
     over the three; None where it cannot run here. theta: one number for all."""
-    library = _for_training(theta, 0.0, z, rate, grad)
-    if library is None:
+    library = _for_training(z, theta)
+    if library is None or not z.dtype == rate.dtype == grad.dtype:
         return None
     bound, grad_z = float(theta), torch.empty_like(z)
     sums = torch.empty(-(-z.numel() // BLOCK), 2, dtype=torch.float64)
-    pointers = [tensor.data_ptr() for tensor in (grad, z, rate, grad_z, sums)]
+    values = (in_order_of(z[None], grad[None]), z, in_order_of(z[None], rate[None]), grad_z, sums)
+    pointers = [tensor.data_ptr() for tensor in values]
     library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, _threads(z))
     of_theta, of_start = sums.sum(0).float()
     return grad_z, of_theta, of_start
 
 
-def _for_training(theta: Tensor, v0: Tensor | float, *values: Tensor) -> Any:
-    """The library where it can take one theta and v0 for all and `values` that lie alike in memory; else None."""
-    like = values[0]
-    if like.dtype not in (torch.float32, torch.bfloat16):
+def _for_training(z: Tensor, theta: Tensor, v0: Tensor | float = 0.0) -> Any:
+    """The library where it can take values like z with one theta and v0 for all; else None."""
+    if z.dtype not in (torch.float32, torch.bfloat16) or not is_dense(z) or not z.numel():
         return None
     single = theta.numel() == 1 and (not isinstance(v0, Tensor) or v0.numel() == 1)
-    alike = all(value.dtype == like.dtype and value.stride() == like.stride() for value in values)
-    return compiled() if single and alike and is_dense(like) and like.numel() else None
+    return compiled() if single else None
 
 
 def _threads(values: Tensor) -> int:

@@ -182,6 +182,6 @@ def in_order_of(like: Tensor, values: Tensor) -> Tensor:
     pairs = zip(like.shape[1:], like.stride()[1:], values.stride()[1:], strict=True)
     if all(a == b for size, a, b in pairs if size > 1):
         return values
-    if values.stride(0) == 0:  # the same at every step: one copy
+    if values.stride(0) == 0 and len(values) > 1:  # the same at every step: one copy
         return torch.empty_like(like[0], dtype=values.dtype).copy_(values[0]).expand_as(values)
     return torch.empty_like(like, dtype=values.dtype).copy_(values)

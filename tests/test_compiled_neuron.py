@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from micelab import compiled_neuron, neuron
 from micelab.convert import convert
@@ -114,11 +115,23 @@ def test_in_bf16_the_staircase_is_rounded_once_and_gradients_are_summed_in_fp32(
 
 
 @needs_compiler
-def test_what_lies_otherwise_in_memory_or_has_a_bound_for_each_channel_is_left_to_torch():
+def test_what_has_holes_or_a_bound_for_each_channel_is_left_to_torch():
     z, theta = drawn(2, 3, 4, 4), torch.tensor(1.0)
     assert compiled_neuron.staircase(z, torch.ones(3), 0.5, 4) is None
     assert compiled_neuron.staircase(z.double(), theta, 0.5, 4) is None
-    assert compiled_neuron.rate_gradient(z.contiguous(memory_format=torch.channels_last), z, z, theta, 4) is None
+    assert compiled_neuron.rate_gradient(z.bfloat16(), z, z, theta, 4) is None
+    assert compiled_neuron.rate_gradient(z[:, :, ::2], z[:, :, ::2], z[:, :, ::2], theta, 4) is None
+
+
+@needs_compiler
+def test_a_gradient_may_lie_otherwise_in_memory():
+    z = drawn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    theta, grad = torch.tensor(1.0), drawn(2, 3, 4, 4, seed=1)
+    rate = compiled_neuron.staircase(z, theta, 0.5, 4)
+    for other in (grad, grad[:, :, :1, :1].expand_as(z)):
+        found = compiled_neuron.rate_gradient(other, z, rate, theta, 4)
+        expected = compiled_neuron.rate_gradient(torch.empty_like(z).copy_(other), z, rate, theta, 4)
+        assert all(map(torch.equal, found, expected))
 
 
 @needs_compiler
@@ -150,17 +163,39 @@ def test_a_network_gives_the_same_numbers_with_and_without_it(record, monkeypatc
         assert torch.equal(layer.residual, fast.layers[name].residual)
 
 
-def test_sums_of_two_currents_are_left_to_the_neurons_only_where_nobody_else_reads_them(monkeypatch):
+@pytest.mark.parametrize("record", [True, False])
+def test_sums_of_two_currents_are_left_to_the_neurons(record, monkeypatch):
     torch.manual_seed(0)
-    snn, joined = convert(resnet20(width=4), "max", torch.rand(2, 3, 16, 16)), []
+    images = torch.rand(2, 3, 16, 16)
+    snn, joined = convert(resnet20(width=4), "max", images), []
     fire = neuron.fire
     monkeypatch.setattr(neuron, "fire", lambda *args, plus=None, **more: joined.append(plus) or fire(*args, plus=plus, **more))
-    run = snn.simulate(torch.rand(2, 3, 16, 16), 3)
-    assert not any(plus is not None for plus in joined)
-    joined.clear()
-    bare = snn.simulate(torch.rand(2, 3, 16, 16), 3, record=False)
-    assert sum(plus is not None for plus in joined) == 9
-    assert run.logits.shape == bare.logits.shape
+    run = snn.simulate(images, 3, record=record, chunk=2)
+    assert sum(plus is not None for plus in joined) == 9  # one a residual block
+    assert len(run.layers) == (19 if record else 0)
+
+
+def test_a_sum_that_somebody_else_reads_is_made_for_both():
+    class Reused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+            self.act1, self.act2, self.c, self.d = nn.ReLU(), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.act1(self.a(x) + self.b(x))
+            total = self.c(x) + self.d(x)
+            return self.head((self.act2(total) + total).mean((2, 3)))
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 8)
+    snn = convert(Reused(), "max", images)
+    run, last = snn.simulate(images, 4), snn(images, 4)
+    torch.testing.assert_close(run.logits[-1], last)
+    layers = run.layers["act2"], run.layers["act1"]
+    spikes = snn.simulate(images, 4, spikes=True).layers["act1"].spikes.float() * layers[1].theta
+    current = snn.layers.c(spikes.flatten(0, 1)) + snn.layers.d(spikes.flatten(0, 1))
+    torch.testing.assert_close(layers[0].mean_current, current.unflatten(0, (4, 2)).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_other_types_and_scattered_room_are_left_to_the_loop():
