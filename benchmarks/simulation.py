@@ -3,6 +3,7 @@
     make bench                                          # everything, about five minutes on two cores: JSON and a picture
     python benchmarks/simulation.py --rounds 3 --quick  # the table only, with the peers that are installed
     python benchmarks/simulation.py --memory            # peak memory of 1,000 images at T = 64, everything kept
+    python benchmarks/simulation.py --accuracy          # what the fast modes and the grid cost on all test images
 
 Same weights, thresholds, starts and images for all; the ways alternate, `--rounds` times; medians, lowest and highest are written
 down. "convolutions alone" is the floor: T times the network's own convolutions at the best of three batches, no neurons at all.
@@ -63,6 +64,29 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
     run = snn.simulate(torch.rand(1000, 3, 32, 32), time_steps=64)
     assert len(run.layers) == len(snn.neurons)
     return {"time_steps": 64, "images": 1000, "before_mb": before, "peak_mb": resident()}
+
+
+def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_steps: int, images: int) -> dict[str, Any]:
+    """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; and for how many of
+    them, as a share, the answer is that of fp32."""
+    device = next(snn.layers.parameters()).device
+    ways: dict[str, Any] = {"fp32": (snn, "fp32")}
+    ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
+    ways |= {"int8": (snn, "int8")} if has_int8(str(device)) else {}
+    ways["grid"] = (micelab.snap_to_grid(snn, time_steps=time_steps), "fp32")
+    answers: dict[str, list[Tensor]] = {name: [] for name in ways}
+    labels = []
+    for pixels, classes in data.test.head(images).batches(500, device=device):
+        labels.append(classes)
+        for name, (network, precision) in ways.items():
+            answers[name].append(network(pixels, time_steps, precision=precision).argmax(1))
+    right, exact = torch.cat(labels), torch.cat(answers["fp32"])
+    found = {}
+    for name, parts in answers.items():
+        answer = torch.cat(parts)
+        row = {"accuracy": float((answer == right).double().mean()), "same_as_fp32": float((answer == exact).double().mean())}
+        found[name] = {key: round(value, 4) for key, value in row.items()}
+    return found
 
 
 def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict[str, Way]:
@@ -187,17 +211,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--quick", action="store_true", help="the table only, no scaling")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--images", type=int, default=10_000, help="test images for --accuracy")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"device {options.device} does not exist here: leave --device out")
     ann: Any = micelab.load(options.checkpoint)
-    snn = micelab.convert(ann, "qcfs").to(options.device)
+    snn = micelab.convert(ann, "mice" if ann.spec.get("activation") == "spike_clip" else "qcfs").to(options.device)
     results: dict[str, Any] = {"machine": machine(), "network": options.checkpoint, "clock": options.clock}
     results["command"] = shlex.join(["python", "benchmarks/simulation.py", *(sys.argv[1:] if arguments is None else arguments)])
     if options.memory:
         return save(options.out, results | peak_memory(snn))
+    if options.accuracy:
+        found = accuracies(snn, micelab.load_data(ann.card["dataset"]), options.time_steps, options.images)
+        return save(options.out, results | {"time_steps": options.time_steps, "images": options.images, "accuracy": found})
     try:
         data = micelab.load_data(ann.card["dataset"], download=False)
         images = next(data.test.batches(max(options.batch, 64)))[0].to(options.device)

@@ -117,7 +117,7 @@ class SpikingNetwork(nn.Module):
             return self._simulate(part, time_steps, record, spikes, precision)
 
         lanes = self._lanes(images)
-        size = chunk or (self.chunk(images, time_steps) if len(images) > 1 else 1)
+        size = chunk or (self.chunk(images, time_steps, precision) if len(images) > 1 else 1)
         pace = None if chunk else self._pace(images, time_steps, record, size, precision)
         return in_chunks(images, size if chunk else min(size, -(-len(images) // lanes)), work, halved, pace, lanes)
 
@@ -139,7 +139,7 @@ class SpikingNetwork(nn.Module):
         key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, precision)
         return self._paces.setdefault(key, Pace(sizes, guess))
 
-    def chunk(self, images: Tensor, time_steps: int) -> int:
+    def chunk(self, images: Tensor, time_steps: int, precision: str = "fp32") -> int:
         """How many images go through at a time to begin with: the largest layer's T steps of them fill the budget, one at the
         least."""
         shape = tuple(images.shape[1:])
@@ -147,7 +147,8 @@ class SpikingNetwork(nn.Module):
             self._largest[shape] = largest_layer(self.layers, images[:1])
         budget = CACHE_BUDGET if images.device.type == "cpu" else device_budget(images.device, DEVICE_BUDGET)
         budget //= self._shrink
-        return max(1, budget // (self._largest[shape] * images.element_size() * steps_to_run(self.layers, time_steps)[0]))
+        size = 2 if precision == "bf16" else images.element_size()
+        return max(1, budget // (self._largest[shape] * size * steps_to_run(self.layers, time_steps)[0]))
 
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
         if not isinstance(time_steps, int) or time_steps < 1:

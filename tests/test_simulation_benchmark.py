@@ -46,6 +46,20 @@ def test_counts_of_micelab_are_those_of_fp64_on_a_grid(snn):
     assert simulation.counts_alike(snn, torch.rand(2, 3, 32, 32), 3, [])["micelab"] == 1.0
 
 
+def test_accuracies_of_the_fast_modes_and_the_grid_are_beside_fp32s():
+    data = micelab.load_data("digits")
+    torch.manual_seed(0)
+    digits = micelab.convert(micelab.small_cnn(width=8, activation="quant_clip", theta=1.0), "qcfs")
+    found = simulation.accuracies(digits, data, 3, 50)
+    assert {"fp32", "grid"} <= set(found)
+    pixels, labels = next(data.test.batches(50))
+    assert found["fp32"] == {
+        "accuracy": round(float((digits(pixels, 3).argmax(1) == labels).double().mean()), 4),
+        "same_as_fp32": 1.0,
+    }
+    assert all(0.5 < row["same_as_fp32"] <= 1 for row in found.values())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif("spikingjelly, step by step" not in here(), reason="spikingjelly is not installed")
 def test_spikingjelly_gives_the_same_counts_step_by_step_and_all_at_once(snn):
