@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
 from micelab.folded import TimeFolded
-from micelab.graph import LayerRunner
 from micelab.network import SpikingNetwork
 from micelab.neuron import fire
+from micelab.runner import LayerRunner
 
 IMAGES = 256
 """At most so many calibration images give biases: all their steps are in memory at once."""

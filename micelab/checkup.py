@@ -9,23 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from micelab.affine import BATCH_NORMS, WEIGHTED, becomes_neurons, call_name, check_module, is_dropout, is_size
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph import (
-    BATCH_NORMS,
-    WEIGHTED,
-    LayerRunner,
-    as_graph,
-    becomes_neurons,
-    call_name,
-    check_images,
-    check_module,
-    check_numbers,
-    is_dropout,
-    is_size,
-    make_plain,
-    own_copy,
-    trace,
-)
+from micelab.graph import as_graph, check_numbers, make_plain, own_copy, trace
+from micelab.runner import LayerRunner, check_images
 
 Verdict = Literal["spikes", "stays", "folds away", "refused"]
 VERDICTS: tuple[Verdict, ...] = ("spikes", "stays", "folds away", "refused")

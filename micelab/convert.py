@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from micelab import calibration as biases
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph import LayerRunner, activations, check_images, replace_activations, trace
+from micelab.graph import activations, replace_activations, trace
 from micelab.grid import round_images
 from micelab.network import SpikingNetwork
 from micelab.neuron import IntegrateFire
+from micelab.runner import LayerRunner, check_images
 
 SAMPLES = 2**20
 """At most so many inputs of a layer are kept for percentiles and searches; the maximum is taken over all."""

@@ -23,3 +23,8 @@ class CheckpointError(MicelabError):
 
 class TrainingError(MicelabError):
     """Training stopped by itself (the loss is no longer finite, say); the last good checkpoint is kept."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

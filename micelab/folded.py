@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab import int8
+from micelab.affine import WEIGHTED, is_fresh, is_size
 from micelab.compiled_neuron import as_bytes
-from micelab.graph import WEIGHTED, LayerRunner, activations, is_activation, is_fresh, is_size, module_of
+from micelab.graph import activations, is_activation, module_of
 from micelab.neuron import Firing, IntegrateFire, over_time
 from micelab.records import LayerRun
+from micelab.runner import LayerRunner
 
 
 def steps_to_run(layers: fx.GraphModule, time_steps: int) -> tuple[int, int]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.activation import over_channels
+from micelab.affine import WEIGHTED, call_name, is_size
 from micelab.exceptions import InputError
-from micelab.graph import WEIGHTED, call_name, is_activation, is_size, module_of
+from micelab.graph import is_activation, module_of
 from micelab.models import Normalize
 from micelab.network import SpikingNetwork
 from micelab.neuron import IntegrateFire

@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from micelab.activation import over_channels, straight_through
+from micelab.affine import BATCH_NORMS, CONVOLUTIONS, is_size
 from micelab.exceptions import ConversionError
 from micelab.folded import TimeFolded, largest_layer
-from micelab.graph import BATCH_NORMS, CONVOLUTIONS, LayerRunner, is_activation, is_size, read
+from micelab.graph import is_activation, read
 from micelab.network import CACHE_BUDGET
 from micelab.neuron import fire
+from micelab.runner import LayerRunner
 
 
 class JointPass(NamedTuple):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.activation import clip, quantize
+from micelab.affine import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_size
 from micelab.exceptions import InputError
-from micelab.graph import CONVOLUTIONS, TRANSPOSED, WEIGHTED, LayerRunner, is_activation, is_size, trace
+from micelab.graph import is_activation, trace
 from micelab.network import Precision, SpikingNetwork
 from micelab.neuron import over_time
+from micelab.runner import LayerRunner
 
 PICOJOULE_PER_MAC = 4.6
 PICOJOULE_PER_AC = 0.9

@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from micelab import int8
 from micelab.exceptions import InputError
 from micelab.folded import TimeFolded, largest_layer, steps_to_run
-from micelab.graph import activations, check_images, depth
+from micelab.graph import activations, depth
 from micelab.machine import has_bf16, say_lacking, sums_of_products
 from micelab.memory import Pace, device_budget, in_chunks
 from micelab.neuron import IntegrateFire
 from micelab.records import SimulationRun
+from micelab.runner import check_images
 
 CACHE_BUDGET = 8 * 2**20
 """Bytes that the largest layer's activations of one chunk take on a CPU, to begin with: a chunk that spills the cache loses a

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from micelab.activation import NoisyQuantClip
 from micelab.convert import convert
 from micelab.exceptions import InputError
-from micelab.graph import InputCollector, check_images, trace
+from micelab.graph import trace
+from micelab.runner import InputCollector, check_images
 
 
 def measure_noise(model: nn.Module, images: Tensor, time_steps: int = 4) -> dict[str, float]:

@@ -8,7 +8,8 @@ import micelab
 from micelab import checkpoint
 from micelab.activation import NoisyQuantClip, QuantClip
 from micelab.exceptions import InputError
-from micelab.graph import InputCollector, trace
+from micelab.graph import trace
+from micelab.runner import InputCollector
 
 IMAGES = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,10 +16,11 @@ from micelab.compare import compare, fitting
 from micelab.convert import convert
 from micelab.errors import KINDS, error_breakdown, split_error
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph import InputCollector, activations, trace
+from micelab.graph import activations, trace
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.neuron import fire
 from micelab.rivals import Accumulating, ChannelBias, Muting, StepBias, shifted_start
+from micelab.runner import InputCollector
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 10
