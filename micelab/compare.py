@@ -210,7 +210,7 @@ def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable
     """Of stored results (`to_dict`, `merged`): every row's curve, the errors of the best row, and the best ANN's accuracy.
 
     The best row is the most accurate within as many true steps as the T of the error tables. Curves and errors are named for
-    their rows: "mice T=4".
+    their rows, "mice T=4"; three and more of those are one curve, "mice, each at its T".
     """
     rows = list(stored["results"].values())
     names = list(stored["results"])
@@ -220,4 +220,14 @@ def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable
         curves.append(AccuracyCurve(**words | {key: tuple(words[key]) for key in ("time_steps", "accuracy")}))
     best = max(range(len(rows)), key=lambda number: curves[number].within(stored["errors_at_time_steps"]) or 0.0)
     errors = replace(ErrorTable.from_dict(rows[best]["errors"]), method=names[best])
-    return curves, errors, max(row["ann_accuracy"] for row in rows)
+    return _each_at_its_own(curves), errors, max(row["ann_accuracy"] for row in rows)
+
+
+def _each_at_its_own(curves: Sequence[AccuracyCurve]) -> list[AccuracyCurve]:
+    """The curves, of which three and more "mice T=..." become one, of every network at the T that it was trained for."""
+    joint = {int(curve.method.split("=")[1]): curve for curve in curves if curve.method.startswith("mice T=")}
+    own = {t: curve.at(t) for t, curve in sorted(joint.items()) if t in curve.time_steps}
+    if len(own) < 3:
+        return list(curves)
+    line = replace(joint[min(own)], time_steps=tuple(own), accuracy=tuple(own.values()), method="mice, each at its T")
+    return [*(curve for curve in curves if curve not in joint.values()), line]

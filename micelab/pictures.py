@@ -20,6 +20,7 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     Upper bounds, whose layers wait for one another, are left out: their true steps lie far beyond the others'.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -27,6 +28,8 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     picture = Figure(figsize=(12, 4.2), layout="constrained")
     FigureCanvasAgg(picture)
     left, right = picture.subplots(1, 2, width_ratios=[1, 2])
+    colours = [colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))]
+    left.set_prop_cycle(color=colours)
     left.axhline(100 * ann_accuracy, color="0.3", linestyle="--", label=f"ANN {100 * ann_accuracy:.1f} %")
     drawn = [curve for curve in curves if curve.turns == 1] or list(curves)
     for curve, style in zip(drawn, cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), strict=False):

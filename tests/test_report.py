@@ -80,6 +80,20 @@ def test_stored_rows_can_be_drawn_again_as_they_were(result):
     assert curve_and_errors(curves, errors, ann).startswith(b"\x89PNG")
 
 
+def test_networks_trained_for_three_t_are_one_curve_each_at_its_own(result):
+    stored = json.loads(json.dumps(result.to_dict()))
+    row = stored["results"]["qcfs"]
+    steps = row["curve"]["time_steps"]
+    for number, t in enumerate(steps[:3]):
+        accuracy = [0.1 * number + 0.01 * place for place in range(len(steps))]
+        stored["results"][f"mice T={t}"] = {**row, "curve": {**row["curve"], "accuracy": accuracy}}
+    *others, joint = drawable(stored)[0]
+    assert [curve.method for curve in others] == list(result.results)
+    assert joint.method == "mice, each at its T"
+    assert joint.time_steps == tuple(steps[:3])
+    assert joint.accuracy == pytest.approx([0.0, 0.11, 0.22])
+
+
 def test_two_stages_of_a_network_stand_side_by_side(tmp_path):
     data = micelab.load_data("digits")
     nets = {"qcfs": micelab.small_cnn(activation="quant_clip"), "mice": micelab.small_cnn(activation="spike_clip", levels=4)}
