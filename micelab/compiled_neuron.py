@@ -58,6 +58,8 @@ def fire(
     current [T, N, ...] fp32 or bf16 (other types are the loop's); out: like `current`, and it may be `current` or `plus`
     itself.
     """
+    if type(current) is not Tensor:  # a stand-in without numbers
+        return None
     same = current.dtype == out.dtype and (plus is None or plus.dtype == out.dtype)
     if out.dtype not in (torch.float32, torch.bfloat16) or not same or not is_dense(out[0]) or not current.numel():
         return None
@@ -110,7 +112,7 @@ def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: 
 
 def _for_training(z: Tensor, theta: Tensor, v0: Tensor | float = 0.0) -> Any:
     """The library where it can take values like z with one theta and v0 for all; else None."""
-    if z.dtype not in (torch.float32, torch.bfloat16) or not is_dense(z) or not z.numel():
+    if type(z) is not Tensor or z.dtype not in (torch.float32, torch.bfloat16) or not is_dense(z) or not z.numel():
         return None
     single = theta.numel() == 1 and (not isinstance(v0, Tensor) or v0.numel() == 1)
     return compiled() if single else None

@@ -38,26 +38,20 @@ jit: Callable[[Any], Any] = triton.jit if triton else lambda function: function
 
 @jit
 def _one_step(  # type: ignore[no-untyped-def]
-    v, fired, bound, here, current, plus, out, inside, SIGNED: tl.constexpr, AMPLITUDE: tl.constexpr, MEMBRANE: tl.constexpr
+    v, fired, bound, here, current, plus, out, inside, SIGNED: tl.constexpr, AMPLITUDE: tl.constexpr
 ):
     """(v, fired) after one step; `here` is where the step's neurons lie in memory, `v` and `fired` are held in fp32 or fp64."""
-    drive = tl.load(current + here, mask=inside, other=0.0)
+    drive = tl.load(current + here, mask=inside, other=0.0).to(v.dtype)
     if plus is not None:
-        wide = drive.to(v.dtype) + tl.load(plus + here, mask=inside, other=0.0).to(v.dtype)
-        drive = wide.to(current.dtype.element_ty)
-    v = (v + drive.to(v.dtype)).to(MEMBRANE).to(v.dtype)
+        drive += tl.load(plus + here, mask=inside, other=0.0).to(v.dtype)
+    v += drive
     spike = tl.where(v >= bound, 1.0, 0.0).to(v.dtype)
     if SIGNED:
         spike -= tl.where((v < 0) & (fired > 0), 1.0, 0.0).to(v.dtype)
     fired += spike
-    if AMPLITUDE:  # what is sent is what is taken off, also where the type of `out` rounds theta
-        sent = (spike * bound).to(out.dtype.element_ty)
-        spent = sent.to(v.dtype)
-    else:
-        sent = spike.to(out.dtype.element_ty)
-        spent = spike * bound
-    tl.store(out + here, sent, mask=inside)
-    v = (v - spent).to(MEMBRANE).to(v.dtype)
+    spent = spike * bound  # exact, also where the type of `out` rounds what is sent
+    tl.store(out + here, (spent if AMPLITUDE else spike).to(out.dtype.element_ty), mask=inside)
+    v -= spent
     return v, fired
 
 
@@ -88,11 +82,9 @@ def fire_kernel(  # type: ignore[no-untyped-def]
 
     theta, start: one number, or one for each channel (neuron i of the memory order is of channel i // channel_stride %
     channels); start with PER_NEURON: one for each neuron. plus: a second current to be added, or None. count: where the sum
-    of spikes goes, or None. The membrane is rounded to the type of `residual` after every operation, and kept in fp32 (fp64
-    for fp64) between them.
+    of spikes goes, or None. The membrane is held in the type of `residual`, fp32 or fp64.
     """
-    membrane: tl.constexpr = residual.dtype.element_ty
-    wide: tl.constexpr = tl.float64 if membrane == tl.float64 else tl.float32
+    wide: tl.constexpr = residual.dtype.element_ty
     here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = here < neurons
     channel = (here // channel_stride) % channels if PER_CHANNEL else here * 0
@@ -105,16 +97,16 @@ def fire_kernel(  # type: ignore[no-untyped-def]
             at = current + tl.cast(step_current, tl.int64) * t
             more = None if plus is None else plus + tl.cast(step_plus, tl.int64) * t
             to = out + tl.cast(step_out, tl.int64) * t
-            v, fired = _one_step(v, fired, bound, here, at, more, to, inside, SIGNED, AMPLITUDE, membrane)
+            v, fired = _one_step(v, fired, bound, here, at, more, to, inside, SIGNED, AMPLITUDE)
     else:
         for t in range(T):
             at = current + tl.cast(step_current, tl.int64) * t
             more = None if plus is None else plus + tl.cast(step_plus, tl.int64) * t
             to = out + tl.cast(step_out, tl.int64) * t
-            v, fired = _one_step(v, fired, bound, here, at, more, to, inside, SIGNED, AMPLITUDE, membrane)
+            v, fired = _one_step(v, fired, bound, here, at, more, to, inside, SIGNED, AMPLITUDE)
     if count is not None:
         tl.store(count + here, fired.to(count.dtype.element_ty), mask=inside)
-    tl.store(residual + here, v.to(membrane), mask=inside)
+    tl.store(residual + here, v, mask=inside)
 
 
 def fire(
@@ -143,12 +135,13 @@ def fire(
     room = out if is_dense(out[0]) else torch.empty_like(out, memory_format=torch.contiguous_format)
     if room[0].numel() >= 2**31:
         raise InputError(f"one step has {room[0].numel():,} neurons, and the kernel counts to 2^31: give a smaller chunk")
-    theta = over_channels(theta, current, channel_dim=2)
+    membrane = torch.empty_like(room[0], dtype=_wide(current))
+    theta = over_channels(theta, membrane)
     if isinstance(v0, Tensor) and v0.dim() > 1:
-        start = torch.empty_like(room[0], dtype=current.dtype).copy_(v0 * theta)
+        start = membrane.copy_(v0 * theta)
         theta = theta.flatten()
     else:
-        start = over_channels(v0, current, channel_dim=2) * theta
+        start = over_channels(v0, membrane) * theta
         theta, start = (value.flatten().expand(max(theta.numel(), start.numel())).contiguous() for value in (theta, start))
     current = in_order_of(room, current)
     plus = None if plus is None else in_order_of(room, plus)
@@ -156,6 +149,11 @@ def fire(
     if room is not out:
         out.copy_(room)
     return fired, residual
+
+
+def _wide(current: Tensor) -> torch.dtype:
+    """The type of membranes: fp32, or fp64 for such currents."""
+    return torch.promote_types(current.dtype, torch.float32)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -207,7 +205,7 @@ def _results(
     current: Tensor, plus: Tensor | None, theta: Tensor, start: Tensor, out: Tensor, signed: bool, amplitude: bool, count: bool
 ) -> tuple[Tensor, Tensor]:
     """Room for (count, residual), in `out`'s memory order; this is also what the operator is to a FakeTensor."""
-    residual = torch.empty_like(out[0], dtype=current.dtype)
+    residual = torch.empty_like(out[0], dtype=_wide(current))
     return (torch.empty_like(residual) if count else residual.new_empty(0)), residual
 
 

@@ -51,7 +51,9 @@ def compiled(capability, steps, current, spikes, options):
     given |= {"UNROLL": steps <= triton_neuron.UNROLLED, "BLOCK": triton_neuron.BLOCK}
     if given["plus"]:
         del given["plus"]  # then it is a pointer like the others
-    pointers = dict.fromkeys(("current", "plus", "theta", "start", "count", "residual"), f"*{current}") | {"out": f"*{spikes}"}
+    membrane = "*fp64" if current == "fp64" else "*fp32"
+    pointers = dict.fromkeys(("current", "plus"), f"*{current}") | {"out": f"*{spikes}"}
+    pointers |= dict.fromkeys(("theta", "start", "count", "residual"), membrane)
     signature = {name: "constexpr" if name in given else pointers.get(name, "i32") for name in kernel.arg_names}
     wide = {"neurons", "step_current", "step_plus", "step_out"} | pointers.keys()
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in wide and name not in given}

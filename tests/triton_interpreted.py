@@ -79,11 +79,11 @@ def test_kernel_equals_the_loop_spike_for_spike(steps, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_second_current_is_summed_in_as_an_addition_before(dtype):
+def test_a_second_current_is_summed_in_as_the_loop_does(dtype):
     current, plus = drawn(8, SHAPES[0], dtype), drawn(8, SHAPES[0], dtype, seed=1)
     expected, found = torch.empty_like(current), torch.empty_like(current)
     theta, v0 = parameters(5, True)
-    wanted = neuron.fire(current + plus, theta, v0, True, expected, amplitude=True, count=True)
+    wanted = neuron.step_by_step(current, theta, v0, True, expected, amplitude=True, count=True, plus=plus)
     results = triton_neuron.fire(current, theta, v0, True, found, amplitude=True, count=True, plus=plus)
     assert torch.equal(expected, found)
     for a, b in zip(wanted, results, strict=True):
@@ -102,12 +102,13 @@ def test_spikes_are_also_written_as_small_numbers(kind, signed):
     assert torch.equal(residual, results[1])
 
 
-def test_what_is_sent_in_a_smaller_type_is_what_is_taken_off_the_membrane():
+def test_the_membrane_is_exact_where_what_is_sent_is_rounded_to_a_smaller_type():
     current, theta = drawn(8, SHAPES[0]), torch.tensor(0.7)
     sent = torch.empty_like(current, dtype=torch.bfloat16)
-    _, residual = triton_neuron.fire(current, theta, 0.5, False, sent, amplitude=True)
+    count, residual = triton_neuron.fire(current, theta, 0.5, False, sent, amplitude=True, count=True)
     assert set(sent.unique().tolist()) == {0.0, float(theta.bfloat16())}
-    torch.testing.assert_close(residual, 0.35 + current.sum(0) - sent.float().sum(0))
+    assert torch.equal(count, (sent > 0).sum(0).float())
+    torch.testing.assert_close(residual, 0.35 + current.sum(0) - theta * count)
 
 
 def test_spikes_may_be_written_over_the_currents_and_an_empty_batch_is_no_error():
