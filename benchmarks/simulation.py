@@ -2,7 +2,7 @@
 
     make bench                                          # everything, about five minutes on two cores: JSON and a picture
     python benchmarks/simulation.py --rounds 3 --quick  # the table only, with the peers that are installed
-    python benchmarks/simulation.py --memory            # peak memory of 1,000 images at T = 64, everything kept
+    python benchmarks/simulation.py --memory            # peak memory of 1,000 images at T = 64
     python benchmarks/simulation.py --accuracy          # what the fast modes and the grid cost on all test images
 
 Same weights, thresholds, starts and images for all; the ways alternate, `--rounds` times; medians, lowest and highest are written
@@ -55,15 +55,20 @@ def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int)
 
 
 def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
-    """Largest resident memory of this process, in MB, before and after T = 64 steps of 1,000 images."""
+    """Largest resident memory of this process, in MB, before T = 64 steps of 1,000 images, after them with the logits alone
+    kept, after them with every layer's run given chunk by chunk, and after them with all of that kept at once."""
 
     def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
-    before = resident()
-    run = snn.simulate(torch.rand(1000, 3, 32, 32), time_steps=64)
-    assert len(run.layers) == len(snn.neurons)
-    return {"time_steps": 64, "images": 1000, "before_mb": before, "peak_mb": resident()}
+    images = torch.rand(1000, 3, 32, 32)
+    found = {"time_steps": 64, "images": 1000, "before_mb": resident()}
+    assert not snn.simulate(images, 64, record=False).layers
+    found["logits_mb"] = resident()
+    assert sum(len(part) for part, run in snn.stream(images, 64) if run.layers) == 1000
+    found["stream_mb"] = resident()
+    assert len(snn.simulate(images, 64).layers) == len(snn.neurons)
+    return found | {"all_kept_mb": resident()}
 
 
 def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_steps: int, images: int) -> dict[str, Any]:

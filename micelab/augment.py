@@ -7,13 +7,15 @@ The batched ones draw from the same distribution with other random numbers, whic
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from micelab.exceptions import InputError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Augmentation = Literal["none", "standard", "cutout", "auto"]
 
@@ -23,6 +25,8 @@ def augmentation(name: Augmentation, size: int, flip: bool = True) -> v2.Transfo
 
     "standard": crop and mirror; "cutout": also a quarter of the image blanked; "auto": also AutoAugment (CIFAR policy).
     """
+    from torchvision.transforms import v2  # here: a second and 160 MB that no simulation needs
+
     if name == "none":
         return None
     if name not in ("standard", "cutout", "auto"):

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.transforms import v2
+from torch import Tensor, nn
 
 from micelab.augment import Augmentation, augmentation, padding_for
 from micelab.exceptions import DataError, InputError
@@ -198,6 +197,7 @@ def _first_existing(path: Path) -> Path:
 
 def _image_folder(path: Path, size: int) -> ImageData:
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
 
     if not path.is_dir():
         raise DataError(f"{path} is a file: give a folder that holds one sub-folder of images for each class")
@@ -249,7 +249,7 @@ class TrainingBatches:
             )
         size = split.images.shape[-1]
         self.transform = augmentation(augment, size, flip)
-        self.images = v2.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
+        self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
         self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
 
     def __len__(self) -> int:
