@@ -1,13 +1,22 @@
-"""How long the kernel takes for one move in every panel: `python benchmarks/panels.py`, half a minute, no browser.
+"""How long one move in every panel takes: `python benchmarks/panels.py`, the kernel's part, half a minute, no browser;
+`python benchmarks/panels.py --browser`, all of it for every slider of the course, ten minutes, wants Chromium and CIFAR-10.
 
 A move is what the browser sends when a slider goes one place further, a box is ticked or a button clicked; the time ends when
 the last message to the browser is written. Printed is the median of all moves, to every place and back, in milliseconds.
 The networks are untrained small ones on digits: what a panel draws is of the same size as in the notebooks.
+
+In the browser each notebook is run in JupyterLab, as its tests do it. A move is an arrow key on a slider; the time ends with the
+frame that shows the last change of a figure or of the numbers beside it.
 """
 
+import argparse
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +39,16 @@ from micelab.panels import (
 from micelab.remedies import try_remedies
 
 STEPS = (1, 2, 4, 8)
+ROOT = Path(__file__).resolve().parent.parent
+WATCH = """() => {
+    window.moves = {};
+    document.addEventListener("keydown", () => { moves.down = performance.now(); moves.seen = null; }, true);
+    const shows = node => (node.nodeType === 1 ? node : node.parentElement)?.closest(".js-plotly-plot, .widget-htmlmath");
+    new MutationObserver(changes => {
+        if (changes.some(change => shows(change.target))) requestAnimationFrame(() => { moves.seen = performance.now(); });
+    }).observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
+}"""
+STILL = "moves.seen && performance.now() - moves.seen > 400"
 
 
 def panels() -> Iterator[tuple[object, dict[str, object]]]:
@@ -93,11 +112,49 @@ def median(control: object) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    print(f"{machine()}\n\n| panel | control | median, ms |\n|---|---|---:|")
+def in_kernel() -> None:
+    print("| panel | control | median, ms |\n|---|---|---:|")
     for panel, controls in panels():
         for name, control in controls.items():
             print(f"| `{type(panel).__name__}` | {name} | {median(control):.0f} |")
+
+
+def in_browser() -> None:
+    from playwright.sync_api import sync_playwright
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from lab import CHROMIUM, QUIET, Page, jupyter
+
+    print("| notebook | slider | median, ms | slowest, ms |\n|---|---|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder, jupyter(Path(folder)) as address, sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        for notebook in sorted(path.name for path in (ROOT / "notebooks").glob("0*.ipynb")):
+            page: Any = Page(browser, address, f"notebooks/{notebook}")
+            page.run_all()
+            page.page.wait_for_timeout(5_000)
+            page.page.evaluate(WATCH)
+            for slider in range(page.page.locator(".noUi-handle").count()):
+                page.press(slider, "Home")  # from its first place it can go right
+                page.page.wait_for_timeout(1_000)
+                times = [moved(page, slider, key) for key in ("ArrowRight", "ArrowLeft") * 10]
+                print(f"| {notebook[:2]} | {slider + 1} | {statistics.median(times):.0f} | {max(times):.0f} |", flush=True)
+            page.close()
+        browser.close()
+
+
+def moved(page: Any, slider: int, key: str) -> float:
+    """Milliseconds from the key to the last frame that it changed."""
+    page.press(slider, key)
+    page.page.wait_for_function(STILL, timeout=20_000)
+    return page.page.evaluate("moves.seen - moves.down")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--browser", action="store_true", help="all of a move, in JupyterLab")
+    options = parser.parse_args(arguments)
+    print(f"{machine()}\n")
+    in_browser() if options.browser else in_kernel()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,20 @@ def predicts(lesson, option):
     lesson.page.get_by_text("✓ Right.").first.wait_for()
 
 
+@of("00_start_here", 2, 3)
+def test_image_step_and_layer_move_the_spikes_and_the_answer(lesson):
+    for slider in range(3):
+        lesson.changes(lambda slider=slider: lesson.press(slider, "ArrowRight", "ArrowRight"))
+    predicts(lesson, "2")
+
+
+@of("01_from_relu_to_spikes", 1, 3)
+def test_current_steps_and_start_move_a_neurons_spikes_and_rate(lesson):
+    for slider, key in enumerate(("ArrowRight", "ArrowRight", "ArrowLeft")):
+        lesson.changes(lambda slider=slider, key=key: lesson.press(slider, key, key, key))
+    predicts(lesson, "3")
+
+
 @of("02_quantization_error", 2, 3)
 def test_steps_start_and_input_move_staircase_and_error(lesson):
     for slider in range(3):

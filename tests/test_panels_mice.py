@@ -152,8 +152,9 @@ def test_every_corner_of_the_methods_panel_shows_its_own_numbers(conversions):
         )
         fired = int(run.layers[layers[layer]].spikes[step - 1, image].sum())
         assert f": {fired} of" in panel.drawn[0].layout.title.text
-        assert list(panel.drawn[2].data[0].y) == pytest.approx([100 * a for a in curves[name].accuracy])
-        assert panel.drawn[2].layout.shapes[0].x0 == step
+        assert list(panel.drawn[2].data[method].y) == pytest.approx([100 * a for a in curves[name].accuracy])
+        assert [line.opacity for line in panel.drawn[2].data][:-1] == [1.0 if other == name else 0.3 for other in snns]
+        assert panel.drawn[2].layout.shapes[0].x0 == panel.drawn[2].layout.shapes[0].x1 == step
         assert f"{100 * anns[name]:.1f} %" in panel.numbers.value
         assert panel.truth() == classes[int(labels[image])]
 

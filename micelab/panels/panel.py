@@ -103,6 +103,9 @@ def redraw(now: go.FigureWidget, before: Spec, after: Spec) -> None:
                 continue
             if key == "title":
                 now.layout.title.text = value["text"]
+            elif key == "shapes" and old and len(value) == len(old):  # moved, not made anew
+                for shape, was, will in zip(now.layout.shapes, old, value, strict=True):
+                    shape.update({part: place for part, place in will.items() if was.get(part) != place})
             elif isinstance(value, dict) and "range" in value:
                 now.layout[key].range = value["range"]
             else:
