@@ -121,6 +121,9 @@ def train(
     penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="[0]")] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
+    storage: Annotated[
+        str | None, typer.Option(help="Numbers of the final file: fp32, or fp16 (half the size) [fp32; recipes B, C: fp16].")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile (needs a C++ compiler; a minute to start).")
     ] = False,
@@ -144,7 +147,7 @@ def train(
     common = {"precision": default_precision() if precision == "auto" else precision}
     common |= _given(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
     common |= _given(theta_lr=theta_lr, warmup_epochs=warmup_epochs, label_smoothing=label_smoothing)
-    common |= _given(augment=augment, start=start)
+    common |= _given(augment=augment, start=start, storage=storage)
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
     first |= {"compile": True} if compile else {}
     second = _given(time_steps=_steps(time_steps) if time_steps else None, distill=distill, teacher=teacher, penalty=penalty)
@@ -163,7 +166,7 @@ def train(
         return
     card = json.loads((out / "model.json").read_text())
     if save is not None:
-        checkpoint.save(model, save, card)
+        checkpoint.save(model, save, card, stage1.STORAGE[config.storage])
     typer.echo(
         f"{card['network']}, {card['dataset']}: validation {100 * card['validation_accuracy']:.2f} %, "
         f"test {100 * card['test_accuracy']:.2f} %, in {save or out / 'model.safetensors'}"

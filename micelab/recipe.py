@@ -18,7 +18,8 @@ from micelab.exceptions import InputError
 class Recipe:
     """What both stages share: data, schedule (linear warm-up, then a cosine to zero), seed, precision, where to start.
 
-    `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only.
+    `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only; `storage`:
+    numbers of the file that the final network is written to, and those that its accuracies are measured with.
     """
 
     dataset: str = "digits"
@@ -33,6 +34,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "fp32"
     start: str | None = None
+    storage: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         for name, good in self.ranges().items():
@@ -51,6 +53,7 @@ class Recipe:
             "label_smoothing": 0 <= self.label_smoothing < 1,
             "seed": self.seed >= 0,
             "precision": self.precision in ("bf16", "fp32"),
+            "storage": self.storage in ("fp32", "fp16"),
         }
 
 
@@ -123,7 +126,8 @@ class Named:
 
 
 def _resnet20(dataset: str, kind: str, start: str, first: dict[str, Any]) -> Named:
-    return Named({"dataset": dataset}, {"network": "resnet20", "kind": kind} | first, {"start": start})
+    both = {"dataset": dataset} | ({} if kind == "A" else {"storage": "fp16"})
+    return Named(both, {"network": "resnet20", "kind": kind} | first, {"start": start})
 
 
 _LONG = {"augment": "cutout", "label_smoothing": 0.1}

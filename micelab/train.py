@@ -35,6 +35,7 @@ from micelab.recipe import TrainConfig as TrainConfig
 log = logging.getLogger(__name__)
 NOISE_IMAGES = 256
 """So many validation images tell the conversion error that noise training (NQ) trains with."""
+STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 _COUNTERS = ("epoch", "step", "sums", "seconds")
 
 
@@ -81,8 +82,9 @@ def carry_out(
         while run.epoch < config.epochs:
             run.one_epoch(progress and accelerator.is_main_process, stopped)
     if accelerator.is_main_process and getattr(run.model, "spec", None):
+        run.round_weights()
         card = run.card(command or " ".join(["micelab", *sys.argv[1:]]))
-        checkpoint.save(run.model, out / "model", card)
+        checkpoint.save(run.model, out / "model", card, STORAGE[config.storage])
     accelerator.wait_for_everyone()
     return run.model.eval()
 
@@ -263,15 +265,22 @@ class Run:
         for name in _COUNTERS:
             setattr(self, name, words[name])
 
+    def round_weights(self) -> None:
+        """Makes the network what its file will hold, so that what is measured of it is true of the file."""
+        for value in self.model.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.to(STORAGE[self.config.storage]))
+
     def card(self, command: str) -> dict[str, Any]:
         """What goes beside the network: what it is, how it was made, what it reaches."""
         history = self.history()
+        last = history[-1] if self.config.storage == "fp32" else self.measure()
         return {
             "network": models.describe(self.model.spec),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dataset": self.data.name,
             "images": {name: len(self.data.split(name)) for name in ("train", "validation", "test")},
-            "validation_accuracy": history[-1]["validation_accuracy"],
+            "validation_accuracy": last["validation_accuracy"],
             "test_accuracy": accuracy(self.model, self.data.test, self.accelerator.device),
             "chosen": "the last epoch",
             "recipe": asdict(self.config),

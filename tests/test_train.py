@@ -277,6 +277,23 @@ def test_an_option_out_of_its_range_is_named_as_it_is_typed(option, value):
         TrainConfig(**{option: value})
 
 
+def test_a_network_kept_in_16_bits_is_measured_as_its_file_holds_it(tmp_path, digits):
+    files = {}
+    for storage in ("fp32", "fp16"):
+        out = tmp_path / storage
+        model = train.train(TrainConfig(**SMALL | {"storage": storage}), out, digits)
+        files[storage] = (out / "model.safetensors").stat().st_size
+        again = checkpoint.load(out / "model.safetensors")
+        for name, tensor in again.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+        assert again.card["validation_accuracy"] == train.accuracy(again, digits.validation)
+        assert again.card["test_accuracy"] == train.accuracy(again, digits.test)
+    assert again.head.weight.dtype == torch.float32
+    assert torch.equal(again.head.weight, again.head.weight.half().float())
+    assert files["fp16"] < 0.7 * files["fp32"]
+    assert recipe.choose("cifar10-c", joint=True, given={}).storage == "fp16"
+
+
 @pytest.mark.parametrize("name", recipe.RECIPES)
 def test_a_recipe_names_a_network_that_can_be_built_and_options_go_before_it(name):
     first = recipe.choose(name, joint=False, given={"epochs": 3, "seed": 7})
