@@ -119,7 +119,7 @@ def in_kernel() -> None:
             print(f"| `{type(panel).__name__}` | {name} | {median(control):.0f} |")
 
 
-def in_browser() -> None:
+def in_browser(chosen: list[str]) -> None:
     from playwright.sync_api import sync_playwright
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -129,6 +129,8 @@ def in_browser() -> None:
     with tempfile.TemporaryDirectory() as folder, jupyter(Path(folder)) as address, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         for notebook in sorted(path.name for path in (ROOT / "notebooks").glob("0*.ipynb")):
+            if chosen and notebook[:2] not in chosen:
+                continue
             page: Any = Page(browser, address, f"notebooks/{notebook}")
             page.run_all()
             page.page.wait_for_timeout(5_000)
@@ -151,10 +153,10 @@ def moved(page: Any, slider: int, key: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--browser", action="store_true", help="all of a move, in JupyterLab")
+    parser.add_argument("--browser", nargs="*", metavar="NUMBER", help="all of a move, in JupyterLab; of some notebooks only")
     options = parser.parse_args(arguments)
     print(f"{machine()}\n")
-    in_browser() if options.browser else in_kernel()
+    in_kernel() if options.browser is None else in_browser(options.browser)
 
 
 if __name__ == "__main__":
