@@ -1,7 +1,6 @@
 """What is shipped: checkpoints that load and hold what their cards say, and a README that shows the stored results."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,11 @@ from micelab.data import to_float
 ROOT = Path(__file__).parent.parent
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 RESULTS = {name: ROOT / "data" / "results" / f"{name}-accuracy-over-time.json" for name in ("cifar10", "cifar100")}
-ANNS = {  # shipped networks that are no spiking ones, the least that each knows of the test images, and epochs
-    "resnet20a-cifar10-relu": (0.915, 81),
-    "resnet20a-cifar10-qcfs": (0.905, 60),
-    "resnet20a-cifar100-relu": (0.655, 40),
-    "resnet20a-cifar100-qcfs": (0.645, 54),
+ANNS = {  # shipped networks that are no spiking ones, and the least that each knows of the test images
+    "resnet20a-cifar10-relu": 0.915,
+    "resnet20a-cifar10-qcfs": 0.905,
+    "resnet20a-cifar100-relu": 0.655,
+    "resnet20a-cifar100-qcfs": 0.645,
 }
 JOINT = {  # those trained jointly: T, and the least that they gain there over the quantized network on 500 images, of 1
     "resnet20a-cifar10-mice-t1": (1, 0.2),
@@ -53,14 +52,15 @@ def stages(card):
     return [*card.get("stages_before", []), card]
 
 
-@pytest.mark.parametrize(("name", "least", "epochs"), [(name, *known) for name, known in ANNS.items()])
-def test_a_shipped_card_tells_recipe_seed_machine_accuracies_and_command(name, least, epochs):
+@pytest.mark.parametrize(("name", "least"), ANNS.items())
+def test_a_shipped_card_tells_recipe_seed_machine_accuracies_and_command(name, least):
     card = micelab.load(name, CHECKPOINTS).card
     assert card == json.loads((CHECKPOINTS / f"{name}.json").read_text())
-    assert sum(stage["recipe"]["epochs"] for stage in stages(card)) == epochs
+    assert sum(stage["recipe"]["epochs"] for stage in stages(card)) >= 40
     assert {"seed", "lr", "augment", "precision"} <= card["recipe"].keys()
     assert card["machine"]
-    assert re.match(rf"micelab train .*--(dataset|recipe) {data_of(name)}\b", card["command"])
+    assert card["command"].startswith("micelab train ")
+    assert f"--dataset {data_of(name)}" in card["command"]
     assert card["images"]["test"] == 10_000
     assert least < card["test_accuracy"] < 1
     assert least < card["validation_accuracy"] < 1
@@ -83,7 +83,7 @@ def test_a_jointly_trained_card_tells_its_t_its_stages_and_that_no_step_is_hidde
     assert all((CHECKPOINTS / f"{start}.json").exists() for stage in stages(card) if (start := stage["recipe"].get("start")))
     assert card["hidden_steps"] == 0
     assert card["test_accuracy"] == card["test_accuracy_by_time_steps"][str(time_steps)]
-    assert re.match(rf"micelab train --joint --time-steps {time_steps} --(dataset|recipe) {data_of(name)}\b", card["command"])
+    assert card["command"].startswith(f"micelab train --joint --time-steps {time_steps} --dataset {data_of(name)}")
     for stage in stages(card):
         assert "/work" not in stage["command"]
 
@@ -95,8 +95,8 @@ def test_a_jointly_trained_network_spikes_as_its_card_says_and_better_than_its_s
     part = cifar(name).test.head(500)
     found = micelab.accuracy_curve(micelab.convert(net, "mice"), part.batches(), (time_steps,)).at(time_steps)
     wanted = net.card["test_accuracy"]
-    assert found == pytest.approx(wanted, abs=3.5 * (wanted * (1 - wanted) / len(part)) ** 0.5)
-    start = micelab.convert(micelab.load(f"{name.split('-mice')[0]}-qcfs", CHECKPOINTS), "qcfs")
+    assert found == pytest.approx(wanted, abs=3.5 * (wanted * (1 - wanted) / 500) ** 0.5)
+    start = micelab.convert(micelab.load(f"resnet20a-{data_of(name)}-qcfs", CHECKPOINTS), "qcfs")
     assert found > micelab.accuracy_curve(start, part.batches(), (time_steps,)).at(time_steps) + gain
 
 
