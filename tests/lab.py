@@ -146,10 +146,8 @@ class Page:
     def press(self, number, *keys):
         """Moves a slider by keyboard."""
         handle = self.page.locator(".noUi-handle").nth(number)
-        handle.scroll_into_view_if_needed()
-        handle.focus()
         for key in keys:
-            self.page.keyboard.press(key)
+            handle.press(key)  # takes the focus for each key: JupyterLab may have moved it to a cell since the last
 
     def says(self, words, timeout=20_000):
         """Waits until these words stand beside the figures."""

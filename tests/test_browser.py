@@ -66,8 +66,8 @@ def predicts(lesson, option):
 
 @of("00_start_here", 2, 3)
 def test_image_step_and_layer_move_the_spikes_and_the_answer(lesson):
-    for slider in range(3):
-        lesson.changes(lambda slider=slider: lesson.press(slider, "ArrowRight", "ArrowRight"))
+    for slider, key in enumerate(("ArrowRight", "ArrowLeft", "ArrowRight")):  # the step stands at its last
+        lesson.changes(lambda slider=slider, key=key: lesson.press(slider, key, key))
     predicts(lesson, "2")
 
 
