@@ -23,7 +23,7 @@ from micelab.checkpoint import write_whole
 from micelab.data import to_float
 from micelab.errors import KINDS
 from micelab.machine import machine
-from micelab.recipe import JointConfig, Recipe, TrainConfig
+from micelab.train.recipe import JointConfig, Recipe, TrainConfig
 
 
 def rows(

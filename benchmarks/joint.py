@@ -22,7 +22,7 @@ import torch
 import micelab
 from micelab.checkpoint import write_whole
 from micelab.joint import prepare
-from micelab.loop import SpikesInTheLoop
+from micelab.joint.loop import SpikesInTheLoop
 from micelab.machine import machine
 
 

@@ -36,7 +36,7 @@ from micelab.panels import (
     ThresholdPanel,
     TimePanel,
 )
-from micelab.remedies import try_remedies
+from micelab.report.remedies import try_remedies
 
 STEPS = (1, 2, 4, 8)
 ROOT = Path(__file__).resolve().parent.parent

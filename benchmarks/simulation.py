@@ -33,8 +33,8 @@ from torch import Tensor, nn
 import micelab
 from micelab.checkpoint import write_whole
 from micelab.graph import replace_activations
-from micelab.int8 import has_int8
 from micelab.machine import full_precision, has_bf16, machine
+from micelab.network.int8 import has_int8
 
 Way = Callable[[Tensor, int], Any]
 STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)

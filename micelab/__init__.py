@@ -10,16 +10,16 @@ curve = micelab.accuracy_curve(snn, loader)
 from micelab import joint, methods, neuron, train
 from micelab.activation import NoisyQuantClip, QuantClip, SpikeClip, TrainableClip
 from micelab.checkpoint import load, save
-from micelab.checkup import checkup
 from micelab.convert import convert
 from micelab.data import load_data
 from micelab.errors import error_breakdown
 from micelab.exceptions import MicelabError
-from micelab.grid import snap_to_grid
+from micelab.graph.checkup import checkup
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.models import resnet20, small_cnn
-from micelab.network import SpikingNetwork
-from micelab.noise import measure_noise
+from micelab.network.grid import snap_to_grid
+from micelab.network.spiking import SpikingNetwork
+from micelab.train.noise import measure_noise
 
 __version__ = "0.1.0"
 

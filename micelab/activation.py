@@ -98,10 +98,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _in_one_pass(function: str, *args: Any) -> Any:
-    """What the compiled `function` of micelab.compiled_neuron gives; None where the operations of torch must do."""
+    """What the compiled `function` of micelab.neuron.compiled gives; None where the operations of torch must do."""
     if torch.compiler.is_compiling() or args[0].device.type != "cpu":
         return None
-    return getattr(import_module("micelab.compiled_neuron"), function)(*args)
+    return getattr(import_module("micelab.neuron.compiled"), function)(*args)
 
 
 def straight_through(z: Tensor, rate: Tensor, log_theta: Tensor, v0: Tensor | None, levels: int) -> Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from micelab import calibration as biases
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph import activations, replace_activations, trace
-from micelab.grid import round_images
-from micelab.network import SpikingNetwork
-from micelab.neuron import IntegrateFire
-from micelab.runner import LayerRunner, check_images
+from micelab.graph.runner import LayerRunner, check_images
+from micelab.graph.tracing import activations, replace_activations, trace
+from micelab.methods.calibration import IMAGES as CALIBRATION_IMAGES
+from micelab.methods.calibration import ann_means
+from micelab.network.grid import round_images
+from micelab.network.spiking import SpikingNetwork
+from micelab.neuron.firing import IntegrateFire
 
 SAMPLES = 2**20
 """At most so many inputs of a layer are kept for percentiles and searches; the maximum is taken over all."""
@@ -67,8 +68,8 @@ def convert(
     if chosen.calibrates:
         seen = _observe(traced, batches)
     if chosen.calibrate is not None:
-        images = torch.cat(batches)[: biases.IMAGES].to(_home(traced))
-        means = biases.ann_means(traced, images)
+        images = torch.cat(batches)[:CALIBRATION_IMAGES].to(_home(traced))
+        means = ann_means(traced, images)
 
     def neuron(name: str, activation: nn.Module) -> IntegrateFire:
         samples, highest = seen[name]

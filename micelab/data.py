@@ -6,7 +6,6 @@ validation, and the test split is only reported.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from micelab.augment import Augmentation, augmentation, padding_for
-from micelab.exceptions import DataError, InputError
+from micelab.exceptions import DataError
 
 SplitName = Literal["train", "validation", "test"]
 VALIDATION_SHARE = {"digits": 0.1, "cifar10": 0.05, "cifar100": 0.05}
@@ -232,49 +230,3 @@ def _image_folder(path: Path, size: int) -> ImageData:
         few = classes[int(labels.bincount(minlength=len(classes)).argmin())]
         raise DataError(f"class {few} in {path} has too few images to train and validate on: at least 3 are needed")
     return _assemble(path.name, images, labels, test_images, test_labels, classes)
-
-
-class TrainingBatches:
-    """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
-
-    Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`.
-    """
-
-    def __init__(
-        self, split: Split, batch_size: int, augment: Augmentation, seed: int, flip: bool = True, rank: int = 0, world: int = 1
-    ):
-        if batch_size % world or not 1 <= batch_size <= len(split):
-            raise InputError(
-                f"batch size {batch_size} must be a multiple of the {world} processes, at most the {len(split)} training images"
-            )
-        size = split.images.shape[-1]
-        self.transform = augmentation(augment, size, flip)
-        self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
-        self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
-
-    def __len__(self) -> int:
-        return math.floor(len(self.labels) / self.batch_size)
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
-        order = self.order(epoch)
-        for step in range(first_step, len(self)):
-            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
-            picked = self.part(order, step)
-            images = self.images[picked]
-            if self.transform is not None:
-                images = torch.stack([self.transform(image) for image in images])
-            yield to_float(images), self.labels[picked]
-
-    def order(self, epoch: int) -> Tensor:
-        """The training images' numbers in the order of `epoch`, [N], on the CPU."""
-        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
-
-    def part(self, order: Tensor, step: int) -> Tensor:
-        """Those of `order` that this process takes in `step`."""
-        return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
-
-
-def mix(*numbers: int) -> int:
-    """One seed out of several numbers (NumPy's SeedSequence, which spreads close seeds far apart)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from micelab.activation import TrainableClip, clip, over_channels
 from micelab.exceptions import InputError
-from micelab.graph import trace
-from micelab.network import SpikingNetwork
-from micelab.neuron import IntegrateFire, check_theta, fire
-from micelab.records import LayerRun
-from micelab.runner import InputCollector, check_images
+from micelab.graph.runner import InputCollector, check_images
+from micelab.graph.tracing import trace
+from micelab.network.records import LayerRun
+from micelab.network.spiking import SpikingNetwork
+from micelab.neuron.firing import IntegrateFire, check_theta, fire
 
 KINDS = ("timing", "quantization", "clipping", "inherited")
 """The four terms, in the order in which every table and figure shows them."""

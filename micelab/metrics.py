@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.activation import clip, quantize
-from micelab.affine import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_size
 from micelab.exceptions import InputError
-from micelab.graph import is_activation, trace
-from micelab.network import Precision, SpikingNetwork
-from micelab.neuron import over_time
-from micelab.runner import LayerRunner
+from micelab.graph.affine import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_size
+from micelab.graph.runner import LayerRunner
+from micelab.graph.tracing import is_activation, trace
+from micelab.network.spiking import Precision, SpikingNetwork
+from micelab.neuron.firing import over_time
 
 PICOJOULE_PER_MAC = 4.6
 PICOJOULE_PER_AC = 0.9

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from micelab.activation import clip, quantize
 from micelab.exceptions import InputError
-from micelab.neuron import check_theta, integrate_and_fire
+from micelab.neuron.firing import check_theta, integrate_and_fire
 
 DUST = 1e-9
 """Head start of a neuron that is looked at, in units of theta: what reaches the threshold on paper reaches it here."""

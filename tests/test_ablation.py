@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from micelab.recipe import TrainConfig
 from micelab.train import train
+from micelab.train.recipe import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablation

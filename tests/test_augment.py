@@ -4,10 +4,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from micelab.augment import augmentation, crop_flip_cutout, cutout_side, draw_places, padding_for
-from micelab.batches import DeviceBatches, training_batches
-from micelab.data import Split, TrainingBatches, to_float
+from micelab.data import Split, to_float
 from micelab.exceptions import InputError
+from micelab.train.augment import augmentation, crop_flip_cutout, cutout_side, draw_places, padding_for
+from micelab.train.batches import DeviceBatches, TrainingBatches, training_batches
 
 
 def some(images=40, channels=3, size=32):

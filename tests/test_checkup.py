@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import micelab
-from micelab.checkup import VERDICTS, checkup
 from micelab.exceptions import InputError
+from micelab.graph.checkup import VERDICTS, checkup
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

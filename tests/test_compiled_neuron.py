@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from micelab import compiled_neuron, neuron
+from micelab import neuron
 from micelab.convert import convert
 from micelab.models import resnet20
 from micelab.network import SpikingNetwork
+from micelab.neuron import compiled
 
 try:
-    compiled_neuron.compiler()
+    compiled.compiler()
     HERE = True
 except OSError:
     HERE = False
@@ -28,7 +29,7 @@ def drawn(*shape, seed=0):
 def both(current, theta, v0, signed, amplitude, count, plus, same_place=False):
     """(spikes, count, residual) of the compiled neuron and of the loop."""
     results = []
-    for way in (compiled_neuron.fire, neuron.step_by_step):
+    for way in (compiled.fire, neuron.step_by_step):
         given = current.clone() if same_place else current
         out = given if same_place else torch.full_like(current, torch.nan)
         results.append((out, *way(given, theta, v0, signed, out, amplitude, count, plus)))
@@ -84,11 +85,11 @@ def laid_out(shape, kind, channels_last, seed):
 def test_the_staircase_and_its_gradient_in_one_pass_are_those_of_torch(shape, levels, theta, v0, channels_last, seed):
     z, grad = (laid_out(shape, torch.float32, channels_last, s) for s in (seed, seed + 1))
     theta = torch.tensor(theta)
-    rate = compiled_neuron.staircase(z, theta, v0, levels)
+    rate = compiled.staircase(z, theta, v0, levels)
     expected = torch.floor((z * (levels / theta)).add_(v0)).clamp_(0, levels).mul_(theta / levels)
     assert torch.equal(rate, expected)
     assert rate.stride() == z.stride()
-    grad_z, of_theta, of_start = compiled_neuron.rate_gradient(grad, z, rate, theta, levels)
+    grad_z, of_theta, of_start = compiled.rate_gradient(grad, z, rate, theta, levels)
     gate = (z > 0) & (z < theta)
     assert torch.equal(grad_z, grad * gate)
     torch.testing.assert_close(of_theta, (grad * rate - grad * gate * z).sum(), rtol=1e-4, atol=1e-4)
@@ -99,17 +100,17 @@ def test_the_staircase_and_its_gradient_in_one_pass_are_those_of_torch(shape, le
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_diverged_layer_stays_seen(kind):
     z = torch.tensor([[torch.nan] + [torch.inf] * 9]).to(kind)
-    assert compiled_neuron.staircase(z, torch.tensor(1.0), 0.5, 4).isnan().tolist() == [[True] + [False] * 9]
+    assert compiled.staircase(z, torch.tensor(1.0), 0.5, 4).isnan().tolist() == [[True] + [False] * 9]
 
 
 @needs_compiler
 def test_in_bf16_the_staircase_is_rounded_once_and_gradients_are_summed_in_fp32():
     z, grad = (laid_out((4, 8, 33, 33), torch.bfloat16, True, s) for s in (0, 1))
     theta = torch.tensor(1.3)
-    rate = compiled_neuron.staircase(z, theta, 0.5, 8)
+    rate = compiled.staircase(z, theta, 0.5, 8)
     expected = torch.floor(z.float() * (8 / theta) + 0.5).clamp(0, 8) * (theta / 8)
     assert torch.equal(rate, expected.to(torch.bfloat16))
-    grad_z, of_theta, _ = compiled_neuron.rate_gradient(grad, z, rate, theta, 8)
+    grad_z, of_theta, _ = compiled.rate_gradient(grad, z, rate, theta, 8)
     assert torch.equal(grad_z, grad * ((z > 0) & (z.float() < theta)))
     torch.testing.assert_close(of_theta, (grad.float() * rate.float() - grad_z.float() * z.float()).sum(), rtol=1e-4, atol=1e-2)
 
@@ -117,20 +118,20 @@ def test_in_bf16_the_staircase_is_rounded_once_and_gradients_are_summed_in_fp32(
 @needs_compiler
 def test_what_has_holes_or_a_bound_for_each_channel_is_left_to_torch():
     z, theta = drawn(2, 3, 4, 4), torch.tensor(1.0)
-    assert compiled_neuron.staircase(z, torch.ones(3), 0.5, 4) is None
-    assert compiled_neuron.staircase(z.double(), theta, 0.5, 4) is None
-    assert compiled_neuron.rate_gradient(z.bfloat16(), z, z, theta, 4) is None
-    assert compiled_neuron.rate_gradient(z[:, :, ::2], z[:, :, ::2], z[:, :, ::2], theta, 4) is None
+    assert compiled.staircase(z, torch.ones(3), 0.5, 4) is None
+    assert compiled.staircase(z.double(), theta, 0.5, 4) is None
+    assert compiled.rate_gradient(z.bfloat16(), z, z, theta, 4) is None
+    assert compiled.rate_gradient(z[:, :, ::2], z[:, :, ::2], z[:, :, ::2], theta, 4) is None
 
 
 @needs_compiler
 def test_a_gradient_may_lie_otherwise_in_memory():
     z = drawn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     theta, grad = torch.tensor(1.0), drawn(2, 3, 4, 4, seed=1)
-    rate = compiled_neuron.staircase(z, theta, 0.5, 4)
+    rate = compiled.staircase(z, theta, 0.5, 4)
     for other in (grad, grad[:, :, :1, :1].expand_as(z)):
-        found = compiled_neuron.rate_gradient(other, z, rate, theta, 4)
-        expected = compiled_neuron.rate_gradient(torch.empty_like(z).copy_(other), z, rate, theta, 4)
+        found = compiled.rate_gradient(other, z, rate, theta, 4)
+        expected = compiled.rate_gradient(torch.empty_like(z).copy_(other), z, rate, theta, 4)
         assert all(map(torch.equal, found, expected))
 
 
@@ -155,7 +156,7 @@ def test_a_network_gives_the_same_numbers_with_and_without_it(record, monkeypatc
     ann, images = resnet20(width=4), torch.rand(5, 3, 16, 16)
     snn = convert(ann, "max", images)
     fast = snn.simulate(images, 6, record=record)
-    monkeypatch.delitem(neuron.FUSED, "cpu")
+    monkeypatch.delitem(neuron.firing.FUSED, "cpu")
     slow = snn.simulate(images, 6, record=record)
     assert torch.equal(fast.logits, slow.logits)
     for name, layer in slow.layers.items():
@@ -169,7 +170,9 @@ def test_sums_of_two_currents_are_left_to_the_neurons(record, monkeypatch):
     images = torch.rand(2, 3, 16, 16)
     snn, joined = convert(resnet20(width=4), "max", images), []
     fire = neuron.fire
-    monkeypatch.setattr(neuron, "fire", lambda *args, plus=None, **more: joined.append(plus) or fire(*args, plus=plus, **more))
+    monkeypatch.setattr(
+        neuron.firing, "fire", lambda *args, plus=None, **more: joined.append(plus) or fire(*args, plus=plus, **more)
+    )
     run = snn.simulate(images, 3, record=record, chunk=2)
     assert sum(plus is not None for plus in joined) == 9  # one a residual block
     assert len(run.layers) == (19 if record else 0)
@@ -200,8 +203,8 @@ def test_a_sum_that_somebody_else_reads_is_made_for_both():
 
 def test_other_types_and_scattered_room_are_left_to_the_loop():
     current = drawn(3, 2, 4)
-    assert compiled_neuron.fire(current.double(), torch.tensor(1.0), 0.5, False, current.double()) is None
-    assert compiled_neuron.fire(current, torch.tensor(1.0), 0.5, False, drawn(3, 2, 8)[..., ::2]) is None
+    assert compiled.fire(current.double(), torch.tensor(1.0), 0.5, False, current.double()) is None
+    assert compiled.fire(current, torch.tensor(1.0), 0.5, False, drawn(3, 2, 8)[..., ::2]) is None
 
 
 @pytest.fixture
@@ -209,9 +212,9 @@ def fresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MICELAB_COMPILE", raising=False)
-    compiled_neuron.compiled.cache_clear()
+    compiled.shared_library.cache_clear()
     yield tmp_path
-    compiled_neuron.compiled.cache_clear()
+    compiled.shared_library.cache_clear()
 
 
 def spikes_of(snn: SpikingNetwork):
@@ -231,14 +234,14 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
     torch.manual_seed(0)
     snn = convert(resnet20(width=4), "max", torch.rand(2, 3, 16, 16))
     expected = spikes_of(snn)
-    compiled_neuron.compiled.cache_clear()
+    compiled.shared_library.cache_clear()
     caplog.clear()
     place = fresh / "cc"
     if script is not None:
         place.write_text(script)
         place.chmod(0o755)
     monkeypatch.setenv("CC", "/nowhere/cc" if script is None else str(place))
-    monkeypatch.setattr(compiled_neuron, "SOURCE", copied(compiled_neuron.SOURCE, fresh))
+    monkeypatch.setattr(compiled, "SOURCE", copied(compiled.SOURCE, fresh))
     assert torch.equal(expected, spikes_of(snn))
     assert torch.equal(expected, spikes_of(snn))
     assert len(caplog.records) == 1
@@ -247,37 +250,37 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
 
 @needs_compiler
 def test_a_neuron_that_gives_other_numbers_is_not_used(fresh, monkeypatch, caplog):
-    wrong = copied(compiled_neuron.SOURCE, fresh)
+    wrong = copied(compiled.SOURCE, fresh)
     wrong.write_text(wrong.read_text().replace("v[i] >= theta[i]", "v[i] > 0.5f * theta[i]"))
-    monkeypatch.setattr(compiled_neuron, "SOURCE", wrong)
-    assert compiled_neuron.compiled() is None
+    monkeypatch.setattr(compiled, "SOURCE", wrong)
+    assert compiled.shared_library() is None
     assert "gives other numbers than the loop" in caplog.text
 
 
 @needs_compiler
 def test_the_compiled_neuron_is_kept_and_made_once(fresh, monkeypatch):
-    assert compiled_neuron.compiled() is not None
+    assert compiled.shared_library() is not None
     assert len(list((fresh / "micelab").glob("neuron-*.so"))) == 1
-    compiled_neuron.compiled.cache_clear()
+    compiled.shared_library.cache_clear()
 
     def never(*_, **__):
         raise AssertionError("it was compiled again")
 
     monkeypatch.setattr(subprocess, "run", never)
-    assert compiled_neuron.compiled() is not None
+    assert compiled.shared_library() is not None
 
 
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch, caplog):
     (fresh / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
-    assert compiled_neuron.compiled() is not None
+    assert compiled.shared_library() is not None
     assert not caplog.records
 
 
 def test_the_loop_can_be_asked_for(fresh, monkeypatch, caplog):
     monkeypatch.setenv("MICELAB_COMPILE", "0")
-    assert compiled_neuron.compiled() is None
+    assert compiled.shared_library() is None
     assert not caplog.records
 
 

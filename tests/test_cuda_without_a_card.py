@@ -10,12 +10,13 @@ import torch
 from fake_cuda import backward, fake_cuda
 
 import micelab
-from micelab import neuron, triton_neuron
+from micelab import neuron
 from micelab.data import ImageData, Split
-from micelab.joint import _JointRun
+from micelab.joint.run import _JointRun
 from micelab.machine import default_precision
-from micelab.recipe import JointConfig
-from micelab.train import Run, TrainConfig
+from micelab.neuron import triton_kernel
+from micelab.train.recipe import JointConfig
+from micelab.train.run import Run, TrainConfig
 
 CASES = {
     "qcfs": (micelab.resnet20, {}),
@@ -83,9 +84,9 @@ def test_nothing_is_read_or_copied_between_the_images_and_the_logits():
 
 def test_neurons_on_cuda_go_through_the_fused_operator_in_the_memory_order_of_their_currents(monkeypatch):
     ann, seen = network(), []
-    fused = triton_neuron._fire_op
-    monkeypatch.setattr(triton_neuron, "_fire_op", lambda *given: seen.append(given) or fused(*given))
-    monkeypatch.setattr(triton_neuron, "triton", object())  # also where triton is absent: nothing is launched here
+    fused = triton_kernel._fire_op
+    monkeypatch.setattr(triton_kernel, "_fire_op", lambda *given: seen.append(given) or fused(*given))
+    monkeypatch.setattr(triton_kernel, "triton", object())  # also where triton is absent: nothing is launched here
     with fake_cuda():
         snn = micelab.convert(ann.to("cuda"), "qcfs")
         snn.simulate(torch.rand(4, 3, 16, 16, device="cuda"), 8)
@@ -213,8 +214,8 @@ def test_convolutions_and_products_on_cuda_are_set_to_full_fp32_and_set_back():
 
 
 def test_the_loop_takes_over_on_the_device_where_the_kernel_cannot_run(monkeypatch):
-    monkeypatch.setattr(triton_neuron, "triton", None)
-    monkeypatch.setattr(triton_neuron, "_fire_op", None)
+    monkeypatch.setattr(triton_kernel, "triton", None)
+    monkeypatch.setattr(triton_kernel, "_fire_op", None)
     with fake_cuda():
         current = torch.rand(4, 2, 3, device="cuda")
         _, residual = neuron.fire(current, torch.tensor(1.0, device="cuda"), 0.5, True, torch.empty_like(current))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from micelab import data
-from micelab.data import Split, TrainingBatches, data_folder, load_data, mean_and_spread, stratified_split
+from micelab.data import Split, data_folder, load_data, mean_and_spread, stratified_split
 from micelab.exceptions import DataError, InputError
+from micelab.train.augment import augmentation
+from micelab.train.batches import TrainingBatches
 
 SPLITS = ("train", "validation", "test")
 FIRST_VALIDATION_DIGITS = [7, 4, 7, 1, 3, 2, 7, 8, 3, 4, 4, 0]
@@ -281,4 +282,4 @@ def test_a_batch_size_that_does_not_fit_is_refused(size, world):
 
 def test_an_unknown_augmentation_is_answered_with_the_known_ones():
     with pytest.raises(InputError, match="'strong' is unknown: choose 'none', 'standard', 'cutout' or 'auto'"):
-        data.augmentation("strong", 32)  # type: ignore[arg-type]
+        augmentation("strong", 32)  # type: ignore[arg-type]

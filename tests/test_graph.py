@@ -11,8 +11,8 @@ from micelab.activation import QuantClip, TrainableClip
 from micelab.convert import convert
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import activations, trace
+from micelab.graph.runner import LayerRunner, check_images
 from micelab.models import Normalize
-from micelab.runner import LayerRunner, check_images
 
 IMAGES = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 

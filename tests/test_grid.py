@@ -11,8 +11,8 @@ from torch import nn
 import micelab
 from micelab.convert import convert
 from micelab.exceptions import InputError
-from micelab.grid import on_grid, snap_to_grid
 from micelab.models import small_cnn
+from micelab.network.grid import on_grid, snap_to_grid
 
 SIDE = (3, 16, 16)
 

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from micelab import int8, machine
-from micelab.compiled_neuron import as_bytes
+from micelab import machine
 from micelab.convert import convert
 from micelab.exceptions import InputError
-from micelab.grid import snap_to_grid
 from micelab.models import resnet20
+from micelab.network import int8
+from micelab.network.grid import snap_to_grid
+from micelab.neuron.compiled import as_bytes
 
 needs_int8 = pytest.mark.skipif(not int8.has_int8("cpu"), reason="no quantized convolution here")
 

@@ -18,9 +18,9 @@ from micelab.activation import QuantClip, SpikeClip, straight_through
 from micelab.data import Split, load_data
 from micelab.exceptions import ConversionError, InputError, TrainingError
 from micelab.joint import prepare
-from micelab.loop import SpikesInTheLoop, residual_penalty
-from micelab.recipe import JointConfig, TrainConfig
-from micelab.train import Run
+from micelab.joint.loop import SpikesInTheLoop, residual_penalty
+from micelab.train.recipe import JointConfig, TrainConfig
+from micelab.train.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_a_diverged_run_stops_keeps_its_state_and_says_so(few, stage1, tmp_path,
     calls = []
     one_step = Run._one_step
     monkeypatch.setattr(Run, "_one_step", lambda run, *batch: calls.append(0) or one_step(run, *batch))
-    monkeypatch.setattr(joint.F, "cross_entropy", broken)
+    monkeypatch.setattr(joint.run.F, "cross_entropy", broken)
     config = JointConfig(time_steps=(2,), epochs=3, batch_size=64)
     with pytest.raises(TrainingError, match=r"the loss is nan in epoch 2, step 1: .*kept in .*Lower --lr \(now 0.001\)"):
         joint.train(config, tmp_path, few, model=stage1[0])

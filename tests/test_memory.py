@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import micelab
-from micelab import memory
 from micelab.exceptions import InputError
-from micelab.network import DEVICE_BUDGET
+from micelab.network import memory
+from micelab.network.spiking import DEVICE_BUDGET
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_simulation_that_is_left_early_ends_its_threads(snn, threads):
 def test_a_chunk_that_did_not_fit_is_not_tried_again(snn, monkeypatch):
     images = torch.rand(8, 1, 8, 8)
     card = Card(snn, monkeypatch, images=4)
-    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 8 * 16 * 64 * 4 * 3)
+    monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 8 * 16 * 64 * 4 * 3)
     assert snn.chunk(images, 3) == 8
     assert [len(part) for part, _ in snn.stream(images, 3)] == [4, 4]
     snn.simulate(images, 3, record=False)
@@ -130,7 +130,7 @@ def test_memory_too_small_for_what_every_layer_did_names_the_remedy(snn, monkeyp
     def full(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("micelab.records.LayerRun.room_for", full)
+    monkeypatch.setattr("micelab.network.records.LayerRun.room_for", full)
     with pytest.raises(InputError, match="does not suffice to keep what every layer did for 4 images: use record=False"):
         snn.simulate(torch.rand(4, 1, 8, 8), 3, chunk=2)
 
@@ -169,8 +169,8 @@ def test_a_long_simulation_finds_the_fastest_chunk_and_keeps_it(snn, monkeypatch
         return simulate(part, *options)
 
     monkeypatch.setattr(snn, "_simulate", timed)
-    monkeypatch.setattr("micelab.memory.time.thread_time", lambda: clock[0])
-    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
+    monkeypatch.setattr("micelab.network.memory.time.thread_time", lambda: clock[0])
+    monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
     run = snn.simulate(images, 3)
     assert asked == [2, 1, 4, 2, 1, 4, *[4] * 6, 2]
     assert torch.equal(expected.logits, run.logits)
@@ -182,7 +182,7 @@ def test_a_long_simulation_finds_the_fastest_chunk_and_keeps_it(snn, monkeypatch
 
 
 def test_few_images_are_not_used_to_try_chunks(snn, monkeypatch):
-    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
+    monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 2 * 16 * 64 * 4 * 3)
     assert [len(part) for part, _ in snn.stream(torch.rand(7, 1, 8, 8), 3)] == [2, 2, 2, 1]
 
 
@@ -197,6 +197,6 @@ def test_a_chunk_is_halved_while_sizes_are_tried(snn, monkeypatch):
     images = torch.rand(20, 1, 8, 8)
     expected = snn.simulate(images, 3, record=False).logits
     card = Card(snn, monkeypatch, images=2)
-    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 4 * 16 * 64 * 4 * 3)
+    monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 4 * 16 * 64 * 4 * 3)
     assert torch.equal(expected, snn.simulate(images, 3, record=False).logits)
     assert card.asked == [4, *[2] * 10]

@@ -18,7 +18,7 @@ from micelab.models import small_cnn
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setattr(methods.registry, "METHODS", dict(methods.METHODS))
 
 
 def observed(v0=0.5, steps=4, percentile=99.0, activation=None):

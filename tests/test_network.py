@@ -17,7 +17,7 @@ from micelab.convert import convert
 from micelab.exceptions import InputError
 from micelab.graph import activations
 from micelab.models import resnet20, small_cnn
-from micelab.network import CACHE_BUDGET
+from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron import IntegrateFire
 
 
@@ -191,7 +191,7 @@ def test_calling_the_network_gives_the_last_mean_logits():
 def test_streaming_gives_the_same_layers_as_one_run(monkeypatch):
     snn, images = spiking(), digits(7)
     whole = snn.simulate(images, 4)
-    monkeypatch.setattr("micelab.network.CACHE_BUDGET", 2 * 16 * 64 * 4 * 4)
+    monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 2 * 16 * 64 * 4 * 4)
     parts = list(snn.stream(images, 4))
     assert [len(part) for part, _ in parts] == [2, 2, 2, 1]
     assert torch.equal(torch.cat([part for part, _ in parts]), images)
@@ -241,7 +241,7 @@ def test_a_network_of_another_number_type_takes_the_same_images(kind):
 
 
 def test_bf16_is_a_fast_mode_with_membranes_in_fp32(monkeypatch):
-    monkeypatch.setattr("micelab.network.has_bf16", lambda device: True)
+    monkeypatch.setattr("micelab.network.spiking.has_bf16", lambda device: True)
     snn, images = spiking(resnet20, digits(4, 3, 16), width=4), digits(4, 3, 16)
     exact, fast = snn.simulate(images, 8), snn.simulate(images, 8, precision="bf16")
     assert fast.logits.dtype == torch.float32
@@ -257,7 +257,7 @@ def test_bf16_is_a_fast_mode_with_membranes_in_fp32(monkeypatch):
 
 
 def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(monkeypatch, caplog):
-    monkeypatch.setattr("micelab.network.has_bf16", lambda device: False)
+    monkeypatch.setattr("micelab.network.spiking.has_bf16", lambda device: False)
     machine.say_lacking.cache_clear()
     snn, images = spiking(), digits()
     for _ in range(2):

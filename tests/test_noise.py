@@ -9,7 +9,7 @@ from micelab import checkpoint
 from micelab.activation import NoisyQuantClip, QuantClip
 from micelab.exceptions import InputError
 from micelab.graph import trace
-from micelab.runner import InputCollector
+from micelab.graph.runner import InputCollector
 
 IMAGES = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

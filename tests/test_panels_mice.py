@@ -12,7 +12,7 @@ import micelab
 from micelab.data import to_float
 from micelab.exceptions import InputError
 from micelab.panels import CheckupPanel, MethodPanel, RemedyPanel
-from micelab.remedies import HALF, JOINT, QUANTIZED, REMEDIES, SIGNED, every_set, try_remedies, with_included
+from micelab.report.remedies import HALF, JOINT, QUANTIZED, REMEDIES, SIGNED, every_set, try_remedies, with_included
 
 STEPS = (1, 2, 4)
 

@@ -9,10 +9,10 @@ import pytest
 import micelab
 from micelab import figures
 from micelab.checkpoint import CheckpointError
-from micelab.compare import compare, drawable, fitting, merged, rows
 from micelab.errors import KINDS
 from micelab.pictures import COLOURS, curve_and_errors
-from micelab.report import write_report
+from micelab.report.compare import compare, drawable, fitting, merged, rows
+from micelab.report.page import write_report
 
 
 @pytest.fixture(scope="module")

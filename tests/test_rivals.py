@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 import micelab
 from micelab import methods
-from micelab.calibration import rate_bias, step_biases
-from micelab.compare import compare, fitting
 from micelab.convert import convert
 from micelab.errors import KINDS, error_breakdown, split_error
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import activations, trace
+from micelab.graph.runner import InputCollector
+from micelab.methods.calibration import rate_bias, step_biases
+from micelab.methods.rivals import Accumulating, ChannelBias, Muting, StepBias, shifted_start
 from micelab.metrics import accuracy_curve, energy, lost_points
 from micelab.neuron import fire
-from micelab.rivals import Accumulating, ChannelBias, Muting, StepBias, shifted_start
-from micelab.runner import InputCollector
+from micelab.report.compare import compare, fitting
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 10

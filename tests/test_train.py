@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from micelab import checkpoint, recipe, train
+from micelab import checkpoint, train
 from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.models import resnet20, small_cnn
-from micelab.train import TrainConfig
+from micelab.train import TrainConfig, recipe
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
 OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
@@ -131,7 +131,7 @@ def test_two_processes_train_one_network_the_same_way_each_time(tmp_path):
 
 def stop_at(monkeypatch, epoch, step):
     """Sends SIGTERM to this process right after the step `step` of `epoch`, both counted from 0."""
-    whole = train.Run._one_step
+    whole = train.run.Run._one_step
 
     def one_step(run, images, labels):
         here = (run.epoch, run.step)
@@ -139,7 +139,7 @@ def stop_at(monkeypatch, epoch, step):
         if here == (epoch, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Run, "_one_step", one_step)
+    monkeypatch.setattr(train.run.Run, "_one_step", one_step)
 
 
 @pytest.mark.parametrize("activation", ["relu", "clip", "quant_clip"])
@@ -198,8 +198,8 @@ def test_the_card_tells_what_was_trained_how_and_on_what(tmp_path, digits):
 
 
 def test_the_rate_climbs_then_falls_to_zero(tmp_path, digits, monkeypatch):
-    rates, whole = [], train.Run.rate
-    monkeypatch.setattr(train.Run, "rate", lambda run: rates.append(whole(run)) or rates[-1])
+    rates, whole = [], train.run.Run.rate
+    monkeypatch.setattr(train.run.Run, "rate", lambda run: rates.append(whole(run)) or rates[-1])
     train.train(TrainConfig(**SMALL | {"epochs": 6}, lr=0.1), tmp_path, digits)
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.1)
@@ -239,8 +239,8 @@ def test_a_half_written_state_is_named(tmp_path, digits):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path, digits, monkeypatch):
-    whole = train.Run.rate
-    monkeypatch.setattr(train.Run, "rate", lambda run: 1e30 if run.epoch == 1 else whole(run))
+    whole = train.run.Run.rate
+    monkeypatch.setattr(train.run.Run, "rate", lambda run: 1e30 if run.epoch == 1 else whole(run))
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 2, step 2: .* kept in .*Lower --lr \(now 0.1\)"):
         train.train(TrainConfig(**SMALL), tmp_path, digits)
     tensors, state = checkpoint.read_tensors(tmp_path / "state.safetensors")

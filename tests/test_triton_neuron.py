@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from micelab import neuron, triton_neuron
+from micelab import neuron
+from micelab.neuron import triton_kernel
 
 HERE = Path(__file__).parent
-needs_triton = pytest.mark.skipif(triton_neuron.triton is None, reason="triton is not installed on this platform")
+needs_triton = pytest.mark.skipif(triton_kernel.triton is None, reason="triton is not installed on this platform")
 
 VARIANTS = {  # name: T, type of currents, type of spikes, options
     "first layer": (8, "fp32", "fp32", {}),
@@ -44,11 +45,11 @@ def compiled(capability, steps, current, spikes, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options = triton_neuron.fire_kernel, dict(options)
+    kernel, options = triton_kernel.fire_kernel, dict(options)
     if not hasattr(kernel, "arg_names"):
         pytest.skip("this process interprets Triton (TRITON_INTERPRET=1)")
     given = {"plus": None, "T": steps, "SIGNED": False, "AMPLITUDE": True, "PER_CHANNEL": False, "PER_NEURON": False} | options
-    given |= {"UNROLL": steps <= triton_neuron.UNROLLED, "BLOCK": triton_neuron.BLOCK}
+    given |= {"UNROLL": steps <= triton_kernel.UNROLLED, "BLOCK": triton_kernel.BLOCK}
     if given["plus"]:
         del given["plus"]  # then it is a pointer like the others
     membrane = "*fp64" if current == "fp64" else "*fp32"
@@ -58,13 +59,13 @@ def compiled(capability, steps, current, spikes, options):
     wide = {"neurons", "step_current", "step_plus", "step_out"} | pointers.keys()
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in wide and name not in given}
     source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=attributes)
-    options = {"num_warps": triton_neuron.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": triton_kernel.WARPS, "enable_fp_fusion": False}
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
 def tool(name, *arguments):
     """Output of one of the CUDA tools in triton's wheel."""
-    path = Path(triton_neuron.triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(triton_kernel.triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
         pytest.skip(f"this triton wheel brings no {name}")
     return subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
@@ -94,21 +95,21 @@ def test_kernel_compiles_for_the_card_without_spills_or_contracted_sums(capabili
 
 
 def test_without_triton_or_on_an_old_gpu_the_loop_takes_over_and_says_so_once(monkeypatch, caplog):
-    assert triton_neuron._reason(True, (8, 0)) is None
-    assert triton_neuron._reason(True, (12, 0)) is None
-    assert "compute capability 7.5 and the fused neuron needs 8.0" in triton_neuron._reason(True, (7, 5))
-    assert "triton is not installed" in triton_neuron._reason(False, (9, 0))
-    monkeypatch.setattr(triton_neuron, "triton", None)
-    triton_neuron._say_once.cache_clear()
+    assert triton_kernel._reason(True, (8, 0)) is None
+    assert triton_kernel._reason(True, (12, 0)) is None
+    assert "compute capability 7.5 and the fused neuron needs 8.0" in triton_kernel._reason(True, (7, 5))
+    assert "triton is not installed" in triton_kernel._reason(False, (9, 0))
+    monkeypatch.setattr(triton_kernel, "triton", None)
+    triton_kernel._say_once.cache_clear()
     current = torch.randn(4, 2, 3)
     for _ in range(2):
-        assert triton_neuron.fire(current, torch.tensor(1.0), 0.5, False, torch.empty_like(current)) is None
+        assert triton_kernel.fire(current, torch.tensor(1.0), 0.5, False, torch.empty_like(current)) is None
     (record,) = caplog.records
     assert record.getMessage().endswith("neurons run step by step instead: the same spikes, more slowly")
 
 
 def test_importing_micelab_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import micelab, micelab.triton_neuron as t; print(t.triton)"
+    code = "import sys; sys.modules['triton'] = None; import micelab, micelab.neuron.triton_kernel as t; print(t.triton)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "None\n"
 
 
@@ -122,7 +123,7 @@ def test_kernel_on_the_card_equals_the_cpu_neuron_spike_for_spike(dtype):
         for signed in (False, True):
             expected, found = torch.empty_like(current), torch.empty_like(current, device="cuda")
             wanted = neuron.fire(current, theta, v0, signed, expected, amplitude=True, count=True)
-            results = triton_neuron.fire(current.cuda(), theta.cuda(), v0.cuda(), signed, found, amplitude=True, count=True)
+            results = triton_kernel.fire(current.cuda(), theta.cuda(), v0.cuda(), signed, found, amplitude=True, count=True)
             assert torch.equal(expected, found.cpu())
             for a, b in zip(wanted, results, strict=True):
                 assert torch.equal(a, b.cpu())

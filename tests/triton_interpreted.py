@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import micelab
-from micelab import neuron, triton_neuron
+from micelab import neuron
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
+from micelab.neuron import triton_kernel
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under TRITON_INTERPRET=1 only")
 
@@ -42,7 +43,7 @@ def _kernel_takes_cpu_tensors():
 
     patch = pytest.MonkeyPatch()
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
-    triton_neuron._fire_op.register_kernel("cpu")(triton_neuron.run_kernel)
+    triton_kernel._fire_op.register_kernel("cpu")(triton_kernel.run_kernel)
     yield
     patch.undo()
 
@@ -70,7 +71,7 @@ def test_kernel_equals_the_loop_spike_for_spike(steps, dtype):
         theta, v0 = parameters(shape[1], per_channel)
         expected, found = torch.empty_like(current), torch.empty_like(current)
         count, residual = neuron.fire(current, theta, v0, signed, expected, amplitude, count=True)
-        results = triton_neuron.fire(current, theta, v0, signed, found, amplitude, count=True)
+        results = triton_kernel.fire(current, theta, v0, signed, found, amplitude, count=True)
         case = (shape, last, signed, per_channel)
         assert torch.equal(expected, found), case
         assert torch.equal(count, results[0]), case
@@ -84,7 +85,7 @@ def test_a_second_current_is_summed_in_as_the_loop_does(dtype):
     expected, found = torch.empty_like(current), torch.empty_like(current)
     theta, v0 = parameters(5, True)
     wanted = neuron.step_by_step(current, theta, v0, True, expected, amplitude=True, count=True, plus=plus)
-    results = triton_neuron.fire(current, theta, v0, True, found, amplitude=True, count=True, plus=plus)
+    results = triton_kernel.fire(current, theta, v0, True, found, amplitude=True, count=True, plus=plus)
     assert torch.equal(expected, found)
     for a, b in zip(wanted, results, strict=True):
         assert torch.equal(a, b)
@@ -96,7 +97,7 @@ def test_spikes_are_also_written_as_small_numbers(kind, signed):
     expected = torch.empty_like(current)
     count, residual = neuron.fire(current, torch.tensor(0.7), 0.5, signed, expected, count=True)
     found = torch.empty_like(current, dtype=kind)
-    results = triton_neuron.fire(current, torch.tensor(0.7), 0.5, signed, found, count=True)
+    results = triton_kernel.fire(current, torch.tensor(0.7), 0.5, signed, found, count=True)
     assert torch.equal(expected, found.float())
     assert torch.equal(count, results[0])
     assert torch.equal(residual, results[1])
@@ -105,7 +106,7 @@ def test_spikes_are_also_written_as_small_numbers(kind, signed):
 def test_the_membrane_is_exact_where_what_is_sent_is_rounded_to_a_smaller_type():
     current, theta = drawn(8, SHAPES[0]), torch.tensor(0.7)
     sent = torch.empty_like(current, dtype=torch.bfloat16)
-    count, residual = triton_neuron.fire(current, theta, 0.5, False, sent, amplitude=True, count=True)
+    count, residual = triton_kernel.fire(current, theta, 0.5, False, sent, amplitude=True, count=True)
     assert set(sent.unique().tolist()) == {0.0, float(theta.bfloat16())}
     assert torch.equal(count, (sent > 0).sum(0).float())
     torch.testing.assert_close(residual, 0.35 + current.sum(0) - theta * count)
@@ -115,12 +116,12 @@ def test_spikes_may_be_written_over_the_currents_and_an_empty_batch_is_no_error(
     current = drawn(5, SHAPES[0])
     expected = torch.empty_like(current)
     count, residual = neuron.fire(current, torch.tensor(0.6), 0.5, False, expected, count=True)
-    results = triton_neuron.fire(current, torch.tensor(0.6), 0.5, False, out=current, count=True)
+    results = triton_kernel.fire(current, torch.tensor(0.6), 0.5, False, out=current, count=True)
     assert torch.equal(expected, current)
     assert torch.equal(count, results[0])
     assert torch.equal(residual, results[1])
     nothing = torch.empty(4, 0, 3)
-    assert triton_neuron.fire(nothing, torch.tensor(1.0), 0.5, False, nothing, count=True)[0].shape == (0, 3)
+    assert triton_kernel.fire(nothing, torch.tensor(1.0), 0.5, False, nothing, count=True)[0].shape == (0, 3)
 
 
 def test_a_constant_current_is_read_from_one_place_and_spikes_nobody_reads_need_one_step_of_room():
@@ -128,7 +129,7 @@ def test_a_constant_current_is_read_from_one_place_and_spikes_nobody_reads_need_
     current = z.expand(6, *z.shape)
     expected, found = torch.empty(6, *z.shape), torch.empty_like(z).expand_as(current)
     count, residual = neuron.fire(current, torch.tensor(0.6), 0.5, False, expected, count=True)
-    results = triton_neuron.fire(current, torch.tensor(0.6), 0.5, False, found, count=True)
+    results = triton_kernel.fire(current, torch.tensor(0.6), 0.5, False, found, count=True)
     assert torch.equal(count, results[0])
     assert torch.equal(residual, results[1])
     assert torch.equal(expected[-1], found[0])
@@ -142,7 +143,7 @@ def test_spikes_of_another_memory_order_or_with_holes_are_the_same(constant):
     count, residual = neuron.fire(current, torch.tensor(0.6), 0.5, False, expected, count=True)
     holes = torch.zeros(4, 3, 5, 9, 22)
     for found in (torch.empty_like(drawn(4, SHAPES[0], last=True)), holes[..., ::2]):
-        results = triton_neuron.fire(current, torch.tensor(0.6), 0.5, False, found, count=True)
+        results = triton_kernel.fire(current, torch.tensor(0.6), 0.5, False, found, count=True)
         assert torch.equal(expected, found)
         assert torch.equal(count, results[0])
         assert torch.equal(residual, results[1])
@@ -154,7 +155,7 @@ def test_neurons_without_channels_and_layers_of_vectors_fire_alike():
         current = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         expected, found = torch.empty_like(current), torch.empty_like(current)
         _, residual = neuron.fire(current, theta, 0.5, False, expected)
-        assert torch.equal(residual, triton_neuron.fire(current, theta, 0.5, False, found)[1])
+        assert torch.equal(residual, triton_kernel.fire(current, theta, 0.5, False, found)[1])
         assert torch.equal(expected, found)
 
 
@@ -163,7 +164,7 @@ def test_every_neuron_may_start_at_a_potential_of_its_own(last):
     current, theta = drawn(3, SHAPES[0], last=last), torch.linspace(0.3, 1.7, 5)
     v0 = torch.rand(SHAPES[0], generator=torch.Generator().manual_seed(3))
     found = torch.empty_like(current)
-    _, residual = triton_neuron.fire(current, theta, v0, False, found)
+    _, residual = triton_kernel.fire(current, theta, v0, False, found)
     for place in ((0, 0, 0, 0), (2, 4, 8, 10), (1, 3, 5, 2)):
         here = (slice(None), *place)
         alone, left = neuron.integrate_and_fire(current[here][:, None], float(theta[place[1]]), v0[place])
@@ -175,9 +176,9 @@ def test_what_the_spikes_type_cannot_hold_is_refused_in_words():
     current = drawn(2, SHAPES[1])
     bits = torch.empty_like(current, dtype=torch.uint8)
     with pytest.raises(InputError, match="also sends -1: use int8"):
-        triton_neuron.fire(current, torch.tensor(1.0), 0.5, True, bits)
+        triton_kernel.fire(current, torch.tensor(1.0), 0.5, True, bits)
     with pytest.raises(InputError, match="real number: use a floating type"):
-        triton_neuron.fire(current, torch.tensor(1.0), 0.5, False, bits, amplitude=True)
+        triton_kernel.fire(current, torch.tensor(1.0), 0.5, False, bits, amplitude=True)
     with pytest.raises(InputError, match="does not fit"):
         over_channels(torch.ones(3), current, 2)
 
@@ -188,7 +189,7 @@ def test_a_whole_simulation_through_the_kernel_equals_the_cpus(signed, monkeypat
     ann, images = micelab.small_cnn(activation="quant_clip", theta=0.5), torch.rand(3, 1, 8, 8)
     snn = micelab.convert(ann, "qcfs", signed=signed)
     expected = snn.simulate(images, 4, spikes=True)
-    monkeypatch.setattr(neuron, "FUSED", {"cpu": "micelab.triton_neuron"})
+    monkeypatch.setattr(neuron.firing, "FUSED", {"cpu": "micelab.neuron.triton_kernel"})
     run = snn.simulate(images, 4, spikes=True)
     assert torch.equal(expected.logits, run.logits)
     for name, layer in run.layers.items():

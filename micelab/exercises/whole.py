@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from micelab.affine import CONVOLUTIONS
-from micelab.checkup import checkup
 from micelab.exercises.checking import exercise
+from micelab.graph.affine import CONVOLUTIONS
+from micelab.graph.checkup import checkup
 
 _Z = torch.tensor([-0.5, 0.1, 0.6, 0.9, 1.4])
 _PHI = torch.tensor([0.0, 0.25, 0.5, 1.0, 1.0])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from micelab.checkup import VERDICTS, Finding
 from micelab.exceptions import InputError
 from micelab.figures.style import CHOSEN, NEUTRAL, SPIKE, Drawing, Spec, look
+from micelab.graph.checkup import VERDICTS, Finding
 
 VERDICT_COLOURS = {"spikes": SPIKE, "stays": NEUTRAL, "folds away": "#5E6B78", "refused": "#882255"}
 """None of these means a kind of error; each verdict has a row and a mark of its own besides."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from micelab import figures
 from micelab.exceptions import InputError
 from micelab.figures.style import Spec
-from micelab.network import SpikingNetwork
+from micelab.network.spiking import SpikingNetwork
 from micelab.panels.panel import Panel, choice, slider
 
 

@@ -12,7 +12,7 @@ from micelab import figures
 from micelab.exceptions import InputError
 from micelab.figures.style import CHOSEN, Spec
 from micelab.metrics import AccuracyCurve
-from micelab.network import SpikingNetwork
+from micelab.network.spiking import SpikingNetwork
 from micelab.panels.image import as_png
 from micelab.panels.panel import Panel, choice, slider
 

@@ -11,7 +11,7 @@ from micelab.exceptions import InputError
 from micelab.figures.style import CHOSEN, Spec
 from micelab.panels.panel import Panel, connect, widgets
 from micelab.pictures import relative_errors
-from micelab.remedies import REMEDIES, Trial, every_set, with_included
+from micelab.report.remedies import REMEDIES, Trial, every_set, with_included
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ticked:
 class RemedyPanel(Panel):
     """A box to tick for each remedy: the four errors of every layer at one T, and accuracy over T, for what is ticked.
 
-    trials: of `micelab.remedies.try_remedies`, all of one T; ann_accuracy: in [0, 1]; ticked: at the start. What joint
+    trials: of `micelab.report.remedies.try_remedies`, all of one T; ann_accuracy: in [0, 1]; ticked: at the start. What joint
     training takes along is ticked with it and cannot be unticked.
     """
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 
 from micelab import figures
-from micelab.checkup import Checkup, Finding
 from micelab.exceptions import InputError
 from micelab.figures.style import Spec
+from micelab.graph.checkup import Checkup, Finding
 from micelab.panels.panel import Panel, connect, widgets
 from micelab.still import as_html
 

@@ -1,0 +1,135 @@
+"""`micelab evaluate` and `micelab explain`: what is reached, and which layer loses the rest to what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from micelab.cli.app import (
+    CalibrationOption,
+    FolderOption,
+    JsonOption,
+    LimitOption,
+    MethodsOption,
+    ReportOption,
+    StepsOption,
+    command,
+    parsed_steps,
+    typed,
+)
+from micelab.cli.networks import dataset_of, show, trained
+from micelab.exceptions import InputError
+
+
+@command(epilog="Example: `micelab evaluate resnet20a-cifar10-relu resnet20a-cifar10-qcfs --out data/results/cifar10.json`")
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Names or paths of trained networks; each method takes the one it fits.")
+    ],
+    method: MethodsOption = None,
+    time_steps: StepsOption = "1,2,4,8,16,32",
+    explain_at: Annotated[int, typer.Option(min=1, help="T of the error table.")] = 8,
+    dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
+    split: Annotated[str, typer.Option(help="test, or validation to make choices on.")] = "test",
+    limit: LimitOption = None,
+    calibration_images: CalibrationOption = 256,
+    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
+    report: ReportOption = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also write a PNG: accuracy over time of all rows, errors of the best.")
+    ] = None,
+    data: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
+    from micelab.checkpoint import write_whole
+    from micelab.data import load_data
+    from micelab.report.compare import compare, drawable, merged
+
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"--split {split!r} is unknown: choose validation or test")
+    networks, first = _loaded(checkpoints, method)
+    earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
+    found = load_data(dataset_of(first, dataset), data)
+    result = compare(
+        networks,
+        found,
+        split,  # type: ignore[arg-type]
+        parsed_steps(time_steps),
+        explain_at,
+        limit,
+        calibration_images=calibration_images,
+        progress=True,
+        command=typed(),
+    )
+    whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
+    if out is not None:
+        write_whole(out, (json.dumps(whole, indent=1) + "\n").encode())
+    if picture is not None:
+        from micelab.pictures import curve_and_errors
+
+        write_whole(picture, curve_and_errors(*drawable(whole)))
+    show(result, report, as_json)
+
+
+@command(
+    epilog="Examples: `micelab explain resnet20a-cifar10-qcfs --time-steps 4 --report why.html` · "
+    "`micelab explain resnet20a-cifar10-mice-t4 --before resnet20a-cifar10-qcfs --time-steps 4`"
+)
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
+    method: Annotated[str | None, typer.Option(help="Conversion method [the one that the network was trained for].")] = None,
+    before: Annotated[str | None, typer.Option(help="Another network, such as its stage 1: layers side by side.")] = None,
+    time_steps: Annotated[int, typer.Option(min=1)] = 8,
+    images: Annotated[int, typer.Option(min=1, help="Validation images that the errors are averaged over.")] = 256,
+    dataset: Annotated[str | None, typer.Option(help="Data set [the checkpoint's].")] = None,
+    calibration_images: CalibrationOption = 256,
+    report: ReportOption = None,
+    data: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which layer loses accuracy, to which of the errors, and what helps (on validation images)."""
+    from micelab.data import load_data
+    from micelab.report.compare import compare, natural
+
+    networks, ann = _loaded([checkpoint], [method or natural(trained(checkpoint))])
+    first = None
+    if before is not None:
+        earlier, _ = _loaded([before], [natural(trained(before))])
+        (first, old), (name, new) = *earlier.items(), *networks.items()
+        if first == name:
+            first, name = f"{first} before", f"{name} after"
+        networks = {first: old, name: new}
+    found = load_data(dataset_of(ann, dataset), data)
+    steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
+    result = compare(
+        networks,
+        found,
+        "validation",
+        steps,
+        time_steps,
+        images,
+        images,
+        calibration_images,
+        progress=True,
+        command=typed(),
+        before=first,
+    )
+    show(result, report, as_json)
+
+
+def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
+    """(network of every row, first network): methods by the activation that each network was trained with."""
+    import micelab
+    from micelab.report.compare import rows
+
+    loaded = [trained(name) for name in checkpoints]
+    networks = rows(loaded)
+    wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen or []}
+    for name, found in wanted.items():
+        if not found:
+            micelab.convert(loaded[0], name)  # says why this method cannot take this network
+    return ({row: networks[row] for found in wanted.values() for row in found} if chosen else networks), loaded[0]

@@ -1,0 +1,87 @@
+"""Walks through the layers of a graph, which others build on: the simulation, training, calibration, measuring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from micelab.exceptions import InputError, first_line
+from micelab.graph.affine import call_name
+from micelab.graph.tracing import activations, is_activation, module_of
+from micelab.machine import full_precision
+
+
+class LayerRunner(fx.Interpreter):
+    """Runs the graph node by node, hands every activation to `activate(name, module, z)`, and names the layer that fails."""
+
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__(traced, garbage_collect_values=True)
+        self.traced = traced
+        self.extra_traceback = False
+
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+        """What the activation `name` gives back for its input z; here the module's own value."""
+        return module(z)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return module_of(self.traced, target)(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(args[0].device if isinstance(args[0], Tensor) else torch.device("cpu")):
+            return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            if is_activation(self.traced, n):
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                return self.activate(str(n.target), module_of(self.traced, str(n.target)), args[0])
+            out = super().run_node(n)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise InputError(f"layer `{call_name(n)}`: {error}") from error
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+                raise
+            raise InputError(
+                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}"
+            ) from error
+        if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
+            raise InputError(
+                f"layer `{call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
+                "keep dimension 0 as it is"
+            )
+        return out
+
+    def _inputs(self, n: fx.Node) -> list[Tensor]:
+        return [self.env[source] for source in n.all_input_nodes if isinstance(self.env[source], Tensor)]
+
+    def _shapes(self, n: fx.Node) -> str:
+        return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))
+
+
+class InputCollector(LayerRunner):
+    """Runs the ANN and keeps the input z of every activation."""
+
+    def __init__(self, traced: Any):
+        super().__init__(traced)
+        self.activations = activations(traced)
+        self.inputs: dict[str, Tensor] = {}
+
+    def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
+        self.inputs[name] = z
+        return module(z)
+
+
+def check_images(images: Any) -> Tensor:
+    """`images` if it is a float tensor [N, ...] without NaN; raises InputError with the remedy otherwise."""
+    if not isinstance(images, Tensor):
+        raise InputError(f"images are a {type(images).__name__}: give a float tensor [N, C, H, W] in [0, 1]")
+    if not images.is_floating_point():
+        raise InputError(f"images are {images.dtype}: networks take float in [0, 1], so use images.float() / 255")
+    if images.dim() < 2 or images.shape[0] == 0:
+        raise InputError(f"images have shape {tuple(images.shape)}: give at least one image as [N, C, H, W]")
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise InputError(f"image {bad} of the batch holds NaN or infinite values: remove or mend it")
+    return images

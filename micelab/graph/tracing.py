@@ -1,0 +1,271 @@
+"""A network as a graph of layers: traced with torch.fx, batch-norm folded, refused by name where it cannot be converted.
+
+A converted network is this graph with its activations replaced by spiking neurons; `graph.affine` says what may stand between.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from micelab.activation import TrainableClip
+from micelab.exceptions import ConversionError, InputError, first_line
+from micelab.graph.affine import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    OUT_OF_PLACE,
+    RELU_CALLS,
+    TRANSPOSED,
+    check_node,
+    is_dropout,
+    scope,
+    source_of,
+    where,
+)
+from micelab.models import Normalize
+from micelab.neuron.firing import IntegrateFire
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (TrainableClip, Normalize)) or super().is_leaf_module(m, module_qualified_name)
+
+
+Refuse = Callable[[Any, ConversionError], None]
+"""What is done about a part that cannot be converted: called with its graph node (None for the whole network), and why."""
+
+
+def stop(_: Any, error: ConversionError) -> None:
+    """Refuses by raising: the first part that cannot be converted ends the reading."""
+    raise error
+
+
+def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
+    """A copy of `model` in eval mode as a graph whose every activation is a module of its own, named as in the model.
+
+    A second call of one nn.ReLU becomes `name_1`, a call of F.relu `block.relu`. With `fold`, batch-norm is folded into the
+    convolution or linear layer before it. Raises ConversionError, naming the layer, where a part has no spiking
+    counterpart; the caller's model is not changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a {type(model).__name__} was given where a network (torch.nn.Module) is needed")
+    traced = read(own_copy(model))
+    _name_activations(traced)
+    if fold:
+        _fold_batch_norm(traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    if not activations(traced):
+        raise ConversionError(f"{type(model).__name__} holds no nn.ReLU and no clip activation: there is nothing to convert")
+    return traced
+
+
+def read(model: nn.Module) -> fx.GraphModule:
+    """`model` as a graph of its own layers: they are shared, so what trains the one trains the other.
+
+    Dropout is left out, calls that write into their input do so no more. Raises ConversionError as `trace` does.
+    """
+    check_numbers(model)
+    traced = as_graph(model)
+    make_plain(traced)
+    return traced
+
+
+def as_graph(model: nn.Module) -> fx.GraphModule:
+    """The graph of `model` as it stands, nothing checked or changed but that it has one."""
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # whatever a forward does with a stand-in for its tensors
+        where = f"{type(model).__name__}.forward"
+        raise ConversionError(
+            f"{where} cannot be read as a fixed graph of layers ({first_line(error)}): it decides by the values of its "
+            "tensors or takes more than images: move that outside the network"
+        ) from error
+    return fx.GraphModule(tracer.root, graph)
+
+
+def make_plain(traced: fx.GraphModule, refuse: Refuse = stop) -> None:
+    """Takes dropout and in-place writing out of the graph, in place, and checks every part; `refuse` hears what cannot be."""
+    _drop_dropout(traced, refuse)
+    _undo_in_place(traced, refuse)
+    _check_nodes(traced, refuse)
+
+
+def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
+    """The activations by name, from input to output."""
+    nodes = [node for node in traced.graph.nodes if is_activation(traced, node)]
+    return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
+
+
+def depth(traced: fx.GraphModule) -> int:
+    """How many activations lie in a row between input and output, on the longest way."""
+    longest: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + is_activation(traced, node)
+    return max(longest.values())
+
+
+_NEURONS = (*ACTIVATIONS, IntegrateFire)
+
+
+def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
+    return node.op == "call_module" and isinstance(module_of(traced, str(node.target)), _NEURONS)
+
+
+def module_of(traced: nn.Module, name: str) -> Any:
+    """The module `name` of a network: what `get_submodule` gives, in a tenth of its time, which one image would notice."""
+    for part in name.split("."):
+        traced = traced._modules[part]  # type: ignore[assignment]
+    return traced
+
+
+def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module], nn.Module]) -> fx.GraphModule:
+    """The same graph, in place, with every activation replaced by `make(name, activation)`."""
+    for name, module in activations(traced).items():
+        traced.add_submodule(name, make(name, module))
+    return traced
+
+
+def own_copy(model: nn.Module, refuse: Refuse = stop) -> nn.Module:
+    """A copy in eval mode, without the caller's hooks: they watch the caller's network, not this one."""
+    try:
+        model = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied ({first_line(error)}): remove what wraps its weights, such as weight_norm"
+        ) from error
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            why = "make it plain with torch.nn.utils.parametrize.remove_parametrizations"
+            refuse(None, ConversionError(f"layer `{name}` has a parametrized weight: {why}"))
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model
+
+
+def check_numbers(model: nn.Module, refuse: Refuse = stop) -> None:
+    """Refuses parameters and buffers that are not finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            why = "the network is broken, train or load it again"
+            refuse(None, ConversionError(f"`{name}` holds NaN or infinite numbers: {why}"))
+
+
+def _drop_dropout(traced: fx.GraphModule, refuse: Refuse) -> None:
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if is_dropout(traced, node):
+            if module is None and node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True):
+                why = "pass training=self.training, or use nn.Dropout"
+                refuse(node, ConversionError(f"{where(node)} stays active in evaluation: {why}"))
+            node.replace_all_uses_with(source_of(node))
+            traced.graph.erase_node(node)
+
+
+def _undo_in_place(traced: fx.GraphModule, refuse: Refuse) -> None:
+    """Every call that writes into its input becomes one that does not; what reads the input later reads the result."""
+    order = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        writes = node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE.keys() - {"view"}
+        if not writes and not node.kwargs.get("inplace") and not getattr(module, "inplace", False):
+            continue
+        source = source_of(node)
+        if not isinstance(source, fx.Node):
+            continue
+        for user in [user for user in source.users if order[user] > order[node]]:
+            user.replace_input_with(source, node)
+        base = source
+        while _shares_memory(traced, base):
+            base = source_of(base)
+            if any(order[user] > order[node] for user in base.users):
+                why = "do it out of place"
+                refuse(node, ConversionError(f"{where(node)} writes into a part of `{base}`, which is used again: {why}"))
+    for node in traced.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            node.target = OUT_OF_PLACE.get(node.target, node.target)
+
+
+def _shares_memory(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's value may be a view of its input's."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), (nn.Flatten, nn.Identity))
+    views = {"view", "reshape", "contiguous", "flatten", "squeeze", torch.reshape, torch.flatten, torch.squeeze, operator.getitem}
+    return node.op in ("call_function", "call_method") and node.target in views and isinstance(source_of(node), fx.Node)
+
+
+def _check_nodes(traced: fx.GraphModule, refuse: Refuse) -> None:
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        names = ", ".join(node.target for node in inputs)
+        error = ConversionError(f"the network takes {len(inputs)} inputs ({names}): it must take one tensor of images")
+        refuse(None, error)
+    for node in traced.graph.nodes:
+        try:
+            check_node(traced, node)
+        except ConversionError as error:
+            refuse(node, error)
+
+
+def _name_activations(traced: fx.GraphModule) -> None:
+    """Gives every call of an activation a module of its own, out of place, under the model's own name."""
+    taken = {name for name, _ in traced.named_modules()}
+    seen: set[str] = set()
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), ACTIVATIONS):
+            module, name = traced.get_submodule(node.target), node.target
+            module = nn.ReLU() if isinstance(module, nn.ReLU) else copy.deepcopy(module)
+            free = name not in seen
+        elif node.op in ("call_function", "call_method") and node.target in RELU_CALLS:
+            module, name = nn.ReLU(), f"{scope(node)}.relu".lstrip(".")
+            free = name not in taken
+        else:
+            continue
+        number, base = 0, name
+        while not free:
+            number += 1
+            name = f"{base}_{number}"
+            free = name not in taken
+        taken.add(name)
+        seen.add(name)
+        traced.add_submodule(name, module)
+        with traced.graph.inserting_after(node):
+            replacement = traced.graph.call_module(name, (source_of(node),))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        traced.graph.erase_node(node)
+
+
+def _fold_batch_norm(traced: fx.GraphModule) -> None:
+    uses: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            uses[node.target] = uses.get(node.target, 0) + 1
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or not isinstance(traced.get_submodule(node.target), BATCH_NORMS):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) > 1 or uses[before.target] > 1:
+            continue
+        weighted, norm = traced.get_submodule(before.target), cast(Any, traced.get_submodule(node.target))
+        if isinstance(weighted, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+            folded: nn.Module = fuse_linear_bn_eval(weighted, norm)
+        elif isinstance(weighted, CONVOLUTIONS) or (isinstance(weighted, TRANSPOSED) and weighted.groups == 1):
+            folded = fuse_conv_bn_eval(weighted, norm, transpose=isinstance(weighted, TRANSPOSED))
+        else:
+            continue
+        traced.add_submodule(before.target, folded)
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)

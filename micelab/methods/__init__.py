@@ -1,0 +1,27 @@
+"""Methods of conversion: the registry, the rivals' neurons, and the thresholds that are calibrated."""
+
+from micelab.methods.registry import (
+    METHODS,
+    Method,
+    Observation,
+    get,
+    highest,
+    mean_square_optimal,
+    percentile,
+    register,
+    trained_bound,
+    trained_start,
+)
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Observation",
+    "get",
+    "highest",
+    "mean_square_optimal",
+    "percentile",
+    "register",
+    "trained_bound",
+    "trained_start",
+]

@@ -1,0 +1,297 @@
+"""The registry of conversion methods: how each sets theta and v0, which neuron it uses, what it must be given.
+
+A new method joins with `register(Method(...))` and is then known to `convert`, to the command line and to every table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from micelab.activation import ActivationName, NoisyQuantClip, SpikeClip, TrainableClip, quantize
+from micelab.exceptions import ConversionError, InputError
+from micelab.methods.calibration import match_rates, match_steps
+from micelab.methods.rivals import Accumulating, ChannelBias, Muting, Shifting, StepBias
+from micelab.network.spiking import SpikingNetwork
+from micelab.neuron.firing import IntegrateFire
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an activation of the ANN received on the calibration images.
+
+    `samples` [C, M] of its input z (a fixed, even choice where there were more), `highest` [C] over all; `time_steps`,
+    `percentile`, `v0`: what the user asked for.
+    """
+
+    layer: str
+    activation: nn.Module
+    samples: Tensor
+    highest: Tensor
+    time_steps: int
+    percentile: float
+    v0: Tensor | float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to convert. `theta` maps an Observation to a threshold for each row of its samples, [C] > 0.
+
+    `v0`: initial potential in units of theta, None for the trained one; `trained_with`: the activation that the network
+    should have been trained with; `calibrates`: its thresholds come from calibration images; `neuron`: the kind of neuron;
+    `hidden_steps`: steps spent beyond T, counted in every table; `calibrate`: called with (spiking network, images, the ANN's
+    mean activations by layer [C], T) once thresholds are set; `each_step`: what it finds serves every number of steps up to
+    T, so tables convert for their largest.
+    """
+
+    name: str
+    title: str
+    source: str
+    theta: Callable[[Observation], Tensor]
+    v0: float | None = 0.0
+    signed: bool = False
+    calibrates: bool = True
+    trained_with: ActivationName = "relu"
+    hidden_steps: int = 0
+    neuron: type[IntegrateFire] = IntegrateFire
+    calibrate: Callable[[SpikingNetwork, Tensor, dict[str, Tensor], int], None] | None = None
+    each_step: bool = False
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether `convert` must be given calibration images."""
+        return self.calibrates or self.calibrate is not None
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Adds a method under its name; raises InputError where the name is taken."""
+    if method.name in METHODS:
+        raise InputError(f"a method named {method.name!r} is registered already: choose another name")
+    METHODS[method.name] = method
+    return method
+
+
+def get(name: str) -> Method:
+    """The method of that name; raises InputError that lists what there is."""
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def highest(seen: Observation) -> Tensor:
+    """theta = the largest activation on the calibration images."""
+    return seen.highest
+
+
+def percentile(seen: Observation) -> Tensor:
+    """theta = the p-th percentile of relu(z), 99.9 by default: single outliers no longer slow the layer down."""
+    return torch.quantile(seen.samples.clamp(min=0), seen.percentile / 100, dim=1)
+
+
+def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:
+    """theta that minimizes mean (Q(z) - relu(z))^2 at T = `time_steps`, by search over 1..100 % of the largest activation."""
+    z = seen.samples
+    best, least = seen.highest.clone(), torch.full_like(seen.highest, torch.inf)
+    for step in range(1, candidates + 1):
+        theta = (seen.highest * step / candidates).clamp(min=1e-12)
+        error = (quantize(z.T, theta, seen.time_steps, seen.v0).T - z.clamp(min=0)).square().mean(1)
+        best, least = torch.where(error < least, theta, best), torch.minimum(error, least)
+    return best
+
+
+def trained_bound(seen: Observation) -> Tensor:
+    """theta = the clipping bound that the network was trained with."""
+    if not isinstance(seen.activation, TrainableClip):
+        raise ConversionError(
+            f"layer `{seen.layer}` is nn.{type(seen.activation).__name__} and has no trained bound: train with "
+            'activation="clip" or "quant_clip", or convert with "max", "percentile" or "mse"'
+        )
+    return seen.activation.theta.detach()
+
+
+def trained_start(layer: str, activation: nn.Module) -> Tensor:
+    """v0 = the initial potential that the network was jointly trained with, in units of theta."""
+    if not isinstance(activation, SpikeClip):
+        raise ConversionError(
+            f"layer `{layer}` is {type(activation).__name__} and has no trained initial potential: train the network jointly "
+            'with micelab.joint (`micelab train --joint`), or convert it with "qcfs"'
+        )
+    return activation.v0.detach()
+
+
+def noisy_bound(seen: Observation) -> Tensor:
+    """theta = the clipping bound of a network trained with conversion noise."""
+    if not isinstance(seen.activation, NoisyQuantClip):
+        raise ConversionError(
+            f"layer `{seen.layer}` is {type(seen.activation).__name__}, which knows no conversion noise: train with "
+            'activation="noisy_quant_clip", or convert with "qcfs"'
+        )
+    return trained_bound(seen)
+
+
+register(
+    Method(
+        name="max",
+        title="largest activation",
+        source="Diehl et al., IJCNN 2015: data-based threshold balancing by the maximum",
+        theta=highest,
+    )
+)
+register(
+    Method(
+        name="percentile",
+        title="99.9th percentile",
+        source="Rueckauer et al., Frontiers in Neuroscience 2017: robust normalization by a percentile",
+        theta=percentile,
+    )
+)
+register(
+    Method(
+        name="mse",
+        title="least square error",
+        source="Li et al., ICML 2021: grid search of the least mean square error to the clip-floor; start at half a threshold",
+        theta=mean_square_optimal,
+        v0=0.5,
+    )
+)
+register(
+    Method(
+        name="tcl",
+        title="trained clip",
+        source="Ho & Chang, DAC 2021 (arXiv 2008.04509): the trained clipping bound is the threshold",
+        theta=trained_bound,
+        calibrates=False,
+        trained_with="clip",
+    )
+)
+register(
+    Method(
+        name="qcfs",
+        title="quantized clip",
+        source="Bu et al., ICLR 2022: trained with quantization and clipping, start at half a threshold",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="quant_clip",
+    )
+)
+register(
+    Method(
+        name="half_start",
+        title="half-threshold start",
+        source="Bu et al., AAAI 2022 (arXiv 2202.01440): a trained clip whose neurons start at half a threshold",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="clip",
+    )
+)
+register(
+    Method(
+        name="calibrated",
+        title="calibrated bias",
+        source="Li et al., ICML 2021 (light pipeline): least-square thresholds, then a bias for each channel so that its mean "
+        "rate is the ANN's, layer by layer (documented: one round; here a few, and the start at half a threshold at once)",
+        theta=mean_square_optimal,
+        v0=0.5,
+        neuron=ChannelBias,
+        calibrate=match_rates,
+    )
+)
+register(
+    Method(
+        name="signed",
+        title="signed neuron",
+        source="Wang et al., IJCAI 2022 (SNM): a neuron that has fired may take a spike back (documented: at v <= -theta from a "
+        "start at 0; here, on a QCFS network that starts at theta/2, at v < 0, the same distance from the start)",
+        theta=trained_bound,
+        v0=0.5,
+        signed=True,
+        calibrates=False,
+        trained_with="quant_clip",
+    )
+)
+register(
+    Method(
+        name="srp",
+        title="residual potential",
+        source="Hao et al., AAAI 2023 (SRP, arXiv 2302.02091): after 4 hidden steps, neurons whose potential is not above 0 are "
+        "silent for all T steps",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="quant_clip",
+        hidden_steps=Muting.before,
+        neuron=Muting,
+    )
+)
+register(
+    Method(
+        name="cos",
+        title="offset spikes",
+        source="Hao et al., ICLR 2023 (COS, arXiv 2302.10685): after 4 hidden steps, each neuron's start is shifted by a spike's "
+        "worth where it fired once too often or too seldom",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="quant_clip",
+        hidden_steps=Shifting.ahead,
+        neuron=Shifting,
+    )
+)
+register(
+    Method(
+        name="step_bias",
+        title="bias of each step",
+        source="Wu et al., ECCV 2024 (FTBC, arXiv 2403.18388): a bias for each step and channel so that the mean error of every "
+        "step is 0 (documented: the aim, forward only; the search for it is ours)",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="quant_clip",
+        neuron=StepBias,
+        calibrate=match_steps,
+        each_step=True,
+    )
+)
+register(
+    Method(
+        name="noise",
+        title="noise training",
+        source="Huang et al., IEEE TNNLS 2025 (NQ): a QCFS network trained with the measured noise of its own conversion",
+        theta=noisy_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="noisy_quant_clip",
+    )
+)
+register(
+    Method(
+        name="accumulate",
+        title="upper bound: accumulate, then fire",
+        source="An upper bound, not a rival (compare Datta et al., TMLR 2025): each layer waits for all T steps of the one "
+        "before, so no timing error is left and the steps of all layers add up",
+        theta=trained_bound,
+        v0=0.5,
+        calibrates=False,
+        trained_with="quant_clip",
+        neuron=Accumulating,
+    )
+)
+register(
+    Method(
+        name="mice",
+        title="joint training",
+        source="after Ho & Chang, JETCAS 2023 (a reconstruction): trained with the spikes in the loop, theta and v0 as trained",
+        theta=trained_bound,
+        v0=None,
+        calibrates=False,
+        trained_with="spike_clip",
+    )
+)

@@ -1,0 +1,251 @@
+"""Spike counts that are the same bits everywhere: weights, biases, thresholds and images on grids of powers of two.
+
+Sums of numbers on a grid are exact in fp32 as long as they stay below 2^24 grid units, and what is exact does not depend on its
+order: not on the batch, the chunk, the number of threads, the library or the device. `snap_to_grid` puts a network there and
+works out, by intervals, the largest sum that any image could make in any order.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from micelab.activation import over_channels
+from micelab.exceptions import InputError
+from micelab.graph.affine import WEIGHTED, call_name, is_size
+from micelab.graph.tracing import is_activation, module_of
+from micelab.models import Normalize
+from micelab.network.spiking import SpikingNetwork
+from micelab.neuron.firing import IntegrateFire
+
+EXACT = 2**24
+"""fp32 holds every integer up to this one."""
+
+_SAME_UNITS = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle)
+_MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_SUMS = (operator.add, torch.add)
+_SHAPES: set[Any] = {"flatten", "reshape", "view", "permute", "transpose", "contiguous", torch.flatten, torch.reshape, torch.cat}
+
+
+def on_grid(values: Tensor, bits: int) -> Tensor:
+    """The nearest multiples of 2^-bits, same shape (a half goes to the even one).
+
+    >>> on_grid(torch.tensor([0.3, -0.9, 2.0]), bits=2).tolist()
+    [0.25, -1.0, 2.0]
+    """
+    return torch.round(values * 2.0**bits) / 2.0**bits
+
+
+class OnGrid(nn.Module):
+    """Rounds what goes through to multiples of 2^-bits: [N, ...] to the same shape."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return on_grid(x, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+def snap_to_grid(
+    model: SpikingNetwork, bits: int = 8, value_bits: int = 6, time_steps: int | None = None, shape: tuple[int, ...] | None = None
+) -> SpikingNetwork:
+    """A copy of a converted network whose spike counts are bit-equal for any order, batch, chunk, thread count and device.
+
+    Weights become multiples of 2^-bits (bits in 1..16); thresholds, and the normalized images, of 2^-value_bits (1..16; a
+    pixel of 8 bits is about 2^-6 after normalization); biases and start potentials of the products of the two. Nothing of
+    `model` is changed. time_steps: the T up to which this is to hold (default: the one it was converted for); a longer
+    simulation is refused. shape: [C, H, W] of an image, where the network does not say it: (in_channels, 32, 32).
+
+    Holds for images in [0, 1] and plain integrate-and-fire neurons, for counts, residuals and spikes; logits, behind a mean,
+    may still round. Convolutions run as plain sums of products (no cuDNN, which may transform the weights), so on CUDA it is
+    slower.
+
+    >>> import micelab
+    >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), method="qcfs")
+    >>> snapped = micelab.snap_to_grid(snn, bits=8, shape=(1, 8, 8))
+    >>> float((snapped.layers.get_submodule('head').weight * 2**8).frac().abs().max())
+    0.0
+
+    Raises InputError naming the layer where sums could pass 2^24 units of their grid, where a value leaves the grid (a mean over
+    a number that is no power of two, batch-norm that is not folded) or where neurons are of another kind. Source: fp32 sums of
+    integers below 2^24 are exact (IEEE 754); design page, section 6.
+    """
+    for name, value in (("bits", bits), ("value_bits", value_bits)):
+        if not isinstance(value, int) or not 1 <= value <= 16:
+            raise InputError(f"{name} is {value!r}: give an integer from 1 to 16, the grid is 2^-{name}")
+    if not isinstance(model, SpikingNetwork):
+        raise InputError(f"the model is a {type(model).__name__}: snap_to_grid takes what micelab.convert gives back")
+    steps = model.time_steps if time_steps is None else time_steps
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"time_steps is {steps!r}: give an integer of at least 1")
+    snapped = copy.deepcopy(model)
+    round_images(snapped.layers, value_bits)
+    snap_numbers(snapped, bits, value_bits)
+    shape = shape or (snapped.spec.get("ann", {}).get("in_channels", 3), 32, 32)
+    bounds = _Bounds(snapped.layers, bits, value_bits, steps)
+    with torch.inference_mode():
+        bounds.run(torch.zeros(1, *shape, device=next(iter(snapped.neurons.values())).theta.device))
+    snapped.spec["grid"] = {"bits": bits, "value_bits": value_bits, "time_steps": steps}
+    snapped.most_steps = steps
+    return snapped
+
+
+def snap_numbers(snn: SpikingNetwork, bits: int, value_bits: int) -> None:
+    """Puts weights, biases, thresholds and starts on their grids, in place."""
+    for module in snn.layers.modules():
+        if isinstance(module, WEIGHTED):
+            module.weight.copy_(on_grid(module.weight, bits))
+            if module.bias is not None:
+                module.bias.copy_(on_grid(module.bias, bits + value_bits))
+        elif isinstance(module, IntegrateFire):
+            module.theta.copy_(on_grid(module.theta, value_bits).clamp(min=2.0**-value_bits))
+            module.v0.copy_(on_grid(module.v0, bits))
+
+
+def round_images(layers: fx.GraphModule, bits: int) -> None:
+    """Puts a rounding behind the images, or behind their normalization where that comes first, in place."""
+    place = next(node for node in layers.graph.nodes if node.op == "placeholder")
+    users = list(place.users)
+    if len(users) == 1 and users[0].op == "call_module" and isinstance(module_of(layers, str(users[0].target)), Normalize):
+        place = users[0]
+    layers.add_submodule("image_grid", OnGrid(bits))
+    with layers.graph.inserting_after(place):
+        rounded = layers.graph.call_module("image_grid", (place,))
+    place.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+    layers.recompile()
+
+
+@dataclass
+class _Range:
+    """Values between `low` <= 0 and `high` >= 0, [1, ...], all multiples of 2^-units; every partial sum of theirs, too."""
+
+    low: Tensor
+    high: Tensor
+    units: int
+
+
+class _Bounds(fx.Interpreter):
+    """Walks the network with ranges in place of values; what leaves the grid is a sentence, raised where a neuron reads it."""
+
+    def __init__(self, traced: fx.GraphModule, bits: int, value_bits: int, time_steps: int):
+        super().__init__(traced)
+        self.traced, self.bits, self.value_bits, self.time_steps = traced, bits, value_bits, time_steps
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            zeros = super().run_node(n)
+            return _Range(zeros, zeros + 1, self.value_bits)
+        if n.op == "output":
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        given = _flat(args)
+        ranges = [value for value in given if isinstance(value, _Range)]
+        lost = next((text for text in map(self.env.get, n.all_input_nodes) if isinstance(text, str)), None)
+        if is_activation(self.traced, n):
+            if lost:
+                raise InputError(lost)
+            return self._neurons(str(n.target), module_of(self.traced, str(n.target)), ranges[0])
+        if lost:
+            return lost
+        if is_size(n):
+            return ranges[0].low.shape if n.target is getattr else self._apply(n, args, kwargs, "low")
+        found = self._module(n, ranges[0]) if n.op == "call_module" else self._call(n, args, kwargs, ranges)
+        return f"layer `{call_name(n)}` takes values off the grid: snap_to_grid cannot follow it" if found is None else found
+
+    def _module(self, n: fx.Node, given: _Range) -> Any:
+        module: Any = module_of(self.traced, str(n.target))
+        if isinstance(module, Normalize):
+            ends = [module(given.low), module(given.high)]
+            return _Range(torch.minimum(*ends).clamp(max=0), torch.maximum(*ends).clamp(min=0), self.value_bits)
+        if isinstance(module, OnGrid):
+            step = 2.0**-module.bits
+            return _Range((given.low / step).floor() * step, (given.high / step).ceil() * step, module.bits)
+        if isinstance(module, WEIGHTED):
+            return self._weighted(str(n.target), module, given)
+        if isinstance(module, _SAME_UNITS):
+            return _Range(module(given.low), module(given.high), given.units)
+        if isinstance(module, _MEANS):
+            low, high = module(given.low), module(given.high)
+            share = math.prod(a / b for a, b in zip(given.low.shape[2:], low.shape[2:], strict=True))
+            kernel = getattr(module, "kernel_size", None)
+            if kernel is not None:
+                sides = kernel if isinstance(kernel, tuple) else (kernel,) * (low.dim() - 2)
+                share = math.prod(sides)
+            more = math.log2(share)
+            if not more.is_integer():
+                return f"layer `{n.target}` is a mean over {share:g} values: on a grid that must be a power of two"
+            return _Range(low, high, given.units + int(more))
+        return None
+
+    def _call(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], ranges: list[_Range]) -> Any:
+        if n.target in _SUMS and len(args) == 2 and len(ranges) == 2 and not kwargs:
+            first, second = ranges
+            return self._checked(
+                call_name(n), _Range(first.low + second.low, first.high + second.high, max(first.units, second.units))
+            )
+        if n.target in _SHAPES:
+            units = max(value.units for value in ranges)
+            return _Range(self._apply(n, args, kwargs, "low"), self._apply(n, args, kwargs, "high"), units)
+        return None
+
+    def _apply(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], end: str) -> Any:
+        def pick(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(pick, value)) if type(value) in (tuple, list) else value
+            return getattr(value, end) if isinstance(value, _Range) else value
+
+        args = pick(tuple(args))
+        return getattr(args[0], str(n.target))(*args[1:], **kwargs) if n.op == "call_method" else n.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _weighted(self, name: str, module: Any, given: _Range) -> _Range | str:
+        ends = []
+        for sign in (1.0, -1.0):  # a partial sum takes all terms of one sign at most
+            signed = copy.deepcopy(module)
+            other = copy.deepcopy(module)
+            signed.weight.copy_((sign * module.weight).clamp(min=0))
+            other.weight.copy_((-sign * module.weight).clamp(min=0))
+            if module.bias is not None:
+                signed.bias.copy_((sign * module.bias).clamp(min=0))
+                other.bias.zero_()
+            ends.append(signed(given.high) + other(-given.low))
+        return self._checked(name, _Range(-ends[1], ends[0], given.units + self.bits))
+
+    def _checked(self, name: str, found: _Range, what: str = "sums") -> _Range | str:
+        """`found`, or what is wrong with it."""
+        largest = float(torch.maximum(found.high, -found.low).max())
+        units = largest * 2.0**found.units
+        if units <= EXACT:
+            return found
+        return (
+            f"layer `{name}`: {what} could reach {largest:.4g}, {units:.3g} units of 2^-{found.units}, and fp32 is exact up "
+            f"to 2^24 units: give fewer bits or value_bits, {math.ceil(math.log2(units / EXACT))} less in sum, or a smaller "
+            "time_steps"
+        )
+
+    def _neurons(self, name: str, module: Any, current: _Range) -> _Range:
+        if type(module) is not IntegrateFire:
+            raise InputError(f"layer `{name}` has neurons of kind {type(module).__name__}: only plain ones can be on a grid")
+        theta = over_channels(module.theta, current.low)
+        start = (theta * over_channels(module.v0, current.low)).abs()
+        units = max(current.units, self.bits + self.value_bits)
+        membrane = _Range(self.time_steps * current.low - start, self.time_steps * current.high + start, units)
+        found = self._checked(name, membrane, f"membrane potentials within {self.time_steps} steps")
+        if isinstance(found, str):
+            raise InputError(found)
+        high = theta.expand_as(current.low)
+        return _Range(-high if module.signed else torch.zeros_like(high), high, self.value_bits)
+
+
+def _flat(values: Any) -> list[Any]:
+    return [item for value in values for item in (_flat(value) if isinstance(value, (tuple, list)) else [value])]

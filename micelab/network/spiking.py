@@ -1,0 +1,186 @@
+"""The spiking network as a torch.nn.Module: what may be asked of it, and how many images go through at a time.
+
+`micelab.network.folded` is the walk over the layers, `micelab.network.records` what is kept of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from micelab.exceptions import InputError
+from micelab.graph.runner import check_images
+from micelab.graph.tracing import activations, depth
+from micelab.machine import has_bf16, say_lacking, sums_of_products
+from micelab.network import int8
+from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
+from micelab.network.memory import Pace, device_budget, in_chunks
+from micelab.network.records import SimulationRun
+from micelab.neuron.firing import IntegrateFire
+
+CACHE_BUDGET = 8 * 2**20
+"""Bytes that the largest layer's activations of one chunk take on a CPU, to begin with: a chunk that spills the cache loses a
+third, one that is too small leaves every call of a layer little to do. How much is best depends on the processor, the network
+and T (4 MB on one machine, 16 on another), so that a long simulation tries the half and the double of it too."""
+
+DEVICE_BUDGET = 512 * 2**20
+"""The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
+
+
+Precision = Literal["fp32", "bf16", "int8"]
+"""fp32 is exact. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16
+numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
+
+_LACKING = {"bf16": "bf16 arithmetic (it would be emulated, and slower than fp32)", "int8": "quantized convolution here"}
+
+
+class SpikingNetwork(nn.Module):
+    """A converted network: `simulate` runs T steps and keeps what every layer did, calling it gives the last mean logits.
+
+    An ordinary module: `.to(device)`, `copy.deepcopy`, and `state_dict` (weights, thresholds and initial potentials).
+    `method` and `hidden_steps` say how it was made and how many steps it spends beyond T; `turns` is 1, or the number of
+    layers in a row where each waits for all T steps of the one before; `most_steps`: the longest T it may be simulated for, on a
+    grid (`micelab.snap_to_grid`), or None.
+    """
+
+    def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
+        super().__init__()
+        self.layers = layers.to(memory_format=torch.channels_last)  # as the images: else each call copies its weights
+        self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
+        waits = any(neuron.waits for neuron in self.neurons.values())
+        self.turns = depth(layers) if waits else 1
+        self.spec: dict[str, Any] = {}
+        self.most_steps: int | None = None
+        self._largest: dict[tuple[int, ...], int] = {}
+        self._paces: dict[tuple[Any, ...], Pace] = {}
+        self._shrink = 1
+
+    @property
+    def neurons(self) -> dict[str, IntegrateFire]:
+        """The spiking layers by name, from input to output."""
+        return activations(self.layers)  # type: ignore[return-value]
+
+    def true_steps(self, time_steps: int) -> int:
+        """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
+        return time_steps * self.turns + self.hidden_steps
+
+    def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Tensor:
+        """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
+        steps = self.time_steps if time_steps is None else time_steps
+        return self.simulate(images, steps, record=False, precision=precision).logits[-1]
+
+    def simulate(
+        self,
+        images: Tensor,
+        time_steps: int = 8,
+        record: bool = True,
+        spikes: bool = False,
+        chunk: int | None = None,
+        precision: Precision = "fp32",
+    ) -> SimulationRun:
+        """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
+
+        `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
+        through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
+        many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
+        `precision` "bf16" and "int8" are fast modes of other numbers (docs/performance.md): where the device lacks one the log
+        says so once, and fp32 is used.
+        """
+        images, used = self._check(images, time_steps), self._possible(precision, images)
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
+        whole: SimulationRun | None = None
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, used):
+            if len(part) == len(images):
+                return run
+            whole = whole or run.room_for(len(images))
+            whole.put(run, start)
+        assert whole is not None
+        return whole
+
+    def stream(self, images: Tensor, time_steps: int, spikes: bool = False) -> Iterator[tuple[Tensor, SimulationRun]]:
+        """(images, run) chunk by chunk, so that what is kept stays small for any number of images."""
+        images = self._check(images, time_steps)
+        for _, part, run in self._parts(images, time_steps, True, spikes):
+            yield part, run
+
+    def _parts(
+        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, precision: str = "fp32"
+    ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
+        def halved() -> None:
+            self._shrink *= 1 if chunk else 2
+
+        def work(part: Tensor) -> SimulationRun:
+            return self._simulate(part, time_steps, record, spikes, precision)
+
+        lanes = self._lanes(images)
+        size = chunk or (self.chunk(images, time_steps, precision) if len(images) > 1 else 1)
+        pace = None if chunk else self._pace(images, time_steps, record, size, precision)
+        return in_chunks(images, size if chunk else min(size, -(-len(images) // lanes)), work, halved, pace, lanes)
+
+    def _lanes(self, images: Tensor) -> int:
+        """How many chunks go through side by side: on a CPU as many as there are threads, each with one of its own.
+
+        Two threads in one layer wait for each other and for the operations between layers that only one does. On a grid, where
+        the kind of convolution is set for the whole process, chunks go one after another.
+        """
+        if images.device.type != "cpu" or self.most_steps is not None:
+            return 1
+        return max(1, min(torch.get_num_threads(), len(images)))
+
+    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, precision: str) -> Pace | None:
+        """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
+        sizes = sorted({max(1, guess // 2), guess, 2 * guess})
+        if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * self._lanes(images) * sizes[-1]:
+            return None
+        key = (tuple(images.shape[1:]), images.dtype, time_steps, record, torch.get_num_threads(), guess, precision)
+        return self._paces.setdefault(key, Pace(sizes, guess))
+
+    def chunk(self, images: Tensor, time_steps: int, precision: str = "fp32") -> int:
+        """How many images go through at a time to begin with: the largest layer's T steps of them fill the budget, one at the
+        least."""
+        shape = tuple(images.shape[1:])
+        if shape not in self._largest:
+            self._largest[shape] = largest_layer(self.layers, images[:1])
+        budget = CACHE_BUDGET if images.device.type == "cpu" else device_budget(images.device, DEVICE_BUDGET)
+        budget //= self._shrink
+        size = 2 if precision == "bf16" else images.element_size()
+        return max(1, budget // (self._largest[shape] * size * steps_to_run(self.layers, time_steps)[0]))
+
+    def _check(self, images: Tensor, time_steps: int) -> Tensor:
+        if not isinstance(time_steps, int) or time_steps < 1:
+            raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
+        if self.most_steps is not None and time_steps > self.most_steps:
+            raise InputError(
+                f"time_steps is {time_steps}, but this network was put on a grid for at most {self.most_steps}: beyond, sums may "
+                f"round; use micelab.snap_to_grid(..., time_steps={time_steps})"
+            )
+        own = next(chain(self.layers.parameters(), self.layers.buffers()))
+        if isinstance(images, Tensor) and images.device != own.device:
+            raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
+        images = check_images(images).to(own.dtype)
+        return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+    def _possible(self, precision: str, images: Tensor) -> str:
+        """`precision`, or fp32 where the device lacks it, which the log says once."""
+        if precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'bf16' or 'int8' (fast modes)")
+        if precision != "fp32" and self.most_steps is not None:
+            raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
+        device = str(images.device)
+        if precision == "fp32" or (has_bf16 if precision == "bf16" else int8.has_int8)(device):
+            return precision
+        say_lacking(device, _LACKING[precision])
+        return "fp32"
+
+    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, precision: str = "fp32") -> SimulationRun:
+        with torch.inference_mode(), sums_of_products(self.most_steps is not None):
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision)
+            outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
+            steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
+            mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))
+        return SimulationRun(mean, runner.records)

@@ -1,0 +1,6 @@
+"""Stage 1: the network to be converted is trained, by a recipe, from augmented batches."""
+
+from micelab.train.recipe import RECIPES, TrainConfig
+from micelab.train.run import STORAGE, accuracy, train
+
+__all__ = ["RECIPES", "STORAGE", "TrainConfig", "accuracy", "train"]

@@ -1,0 +1,114 @@
+"""Training batches, each a function of (seed, epoch, step) only, so that any of them can be made again.
+
+They are made where they are used: on the CPU by torchvision, image by image; on CUDA the images lie on the device as uint8 and
+are augmented there, a batch at a time, so that the device does not wait for one transform an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from micelab.data import Split, to_float
+from micelab.exceptions import InputError
+from micelab.train.augment import Augmentation, augmentation, crop_flip_cutout, draw_places, padding_for
+
+
+class TrainingBatches:
+    """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
+
+    Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, augment: Augmentation, seed: int, flip: bool = True, rank: int = 0, world: int = 1
+    ):
+        if batch_size % world or not 1 <= batch_size <= len(split):
+            raise InputError(
+                f"batch size {batch_size} must be a multiple of the {world} processes, at most the {len(split)} training images"
+            )
+        size = split.images.shape[-1]
+        self.transform = augmentation(augment, size, flip)
+        self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
+        self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
+
+    def __len__(self) -> int:
+        return math.floor(len(self.labels) / self.batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
+        order = self.order(epoch)
+        for step in range(first_step, len(self)):
+            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
+            picked = self.part(order, step)
+            images = self.images[picked]
+            if self.transform is not None:
+                images = torch.stack([self.transform(image) for image in images])
+            yield to_float(images), self.labels[picked]
+
+    def order(self, epoch: int) -> Tensor:
+        """The training images' numbers in the order of `epoch`, [N], on the CPU."""
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+
+    def part(self, order: Tensor, step: int) -> Tensor:
+        """Those of `order` that this process takes in `step`."""
+        return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+
+
+class DeviceBatches(TrainingBatches):
+    """The batches of `TrainingBatches`, of the same images in the same order, made on `device`; every augmentation but "auto"."""
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        augment: Augmentation,
+        seed: int,
+        flip: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cuda",
+    ):
+        if augment == "auto":
+            raise InputError("augmentation 'auto' works image by image, on the CPU: use TrainingBatches")
+        super().__init__(split, batch_size, augment, seed, flip, rank, world)
+        self.size, self.flip, self.cutout = split.images.shape[-1], flip, augment == "cutout"
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generators each step."""
+        order = self.order(epoch).to(self.images.device)
+        for step in range(first_step, len(self)):
+            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
+            picked = self.part(order, step)
+            if self.transform is None:
+                images = self.images[picked]
+            else:
+                places = draw_places(len(picked), self.size, self.flip, self.cutout)
+                images = crop_flip_cutout(self.images, picked, places.to(self.images.device), self.size)
+            yield to_float(images), self.labels[picked]
+
+
+def training_batches(
+    split: Split,
+    batch_size: int,
+    augment: Augmentation,
+    seed: int,
+    flip: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> TrainingBatches:
+    """Batches for training on `device`: made there on CUDA (save "auto"), else on the CPU by torchvision's transforms."""
+    if torch.device(device).type == "cuda" and augment != "auto":
+        return DeviceBatches(split, batch_size, augment, seed, flip, rank, world, device)
+    return TrainingBatches(split, batch_size, augment, seed, flip, rank, world)
+
+
+def mix(*numbers: int) -> int:
+    """One seed out of several numbers (NumPy's SeedSequence, which spreads close seeds far apart)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,162 @@
+"""Every choice of a training run: what is common to both stages, and what each adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from micelab import checkpoint, models
+from micelab.data import ImageData
+from micelab.exceptions import InputError
+from micelab.train.augment import Augmentation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What both stages share: data, schedule (linear warm-up, then a cosine to zero), seed, precision, where to start.
+
+    `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only; `storage`:
+    numbers of the file that the final network is written to, and those that its accuracies are measured with.
+    """
+
+    dataset: str = "digits"
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    theta_lr: float = 0.1
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.0
+    augment: Augmentation = "standard"
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "fp32"
+    start: str | None = None
+    storage: Literal["fp32", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, good in self.ranges().items():
+            if not good:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range")
+
+    def ranges(self) -> dict[str, bool]:
+        """Whether each option lies in its range."""
+        return {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "lr": 0 < self.lr < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "theta_lr": 0 <= self.theta_lr < math.inf,
+            "warmup_epochs": 0 <= self.warmup_epochs < math.inf,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "seed": self.seed >= 0,
+            "precision": self.precision in ("bf16", "fp32"),
+            "storage": self.storage in ("fp32", "fp16"),
+        }
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4."""
+
+    network: str = "small_cnn"
+    kind: models.Kind | None = None
+    width: int | None = None
+    activation: str = "quant_clip"
+    levels: int | None = 8
+    theta: float = 4.0
+    momentum: float = 0.9
+    compile: bool = False
+
+    def ranges(self) -> dict[str, bool]:
+        return super().ranges() | {"momentum": 0 <= self.momentum < 1}
+
+    def build(self, data: ImageData) -> models.ImageNetwork:
+        """The network to train, fitted to the data: weights drawn from `seed`, or those of the checkpoint `start`."""
+        spec: dict[str, Any] = {"name": self.network, "activation": self.activation, "levels": self.levels}
+        spec |= {"theta": self.theta, "num_classes": len(data.classes), "in_channels": data.shape[0]}
+        spec |= {"mean": list(data.mean), "std": list(data.std)}
+        spec |= {key: value for key in ("kind", "width") if (value := getattr(self, key)) is not None}
+        torch.manual_seed(self.seed)
+        model = models.build(spec)
+        if self.start is not None:
+            checkpoint.start_from(model, self.start)
+        return model
+
+
+@dataclass(frozen=True)
+class JointConfig(Recipe):
+    """Stage 2, from the checkpoint `start`: Adam, gradients clipped to norm `max_norm`, no weight decay.
+
+    time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
+    the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
+    potential penalty.
+    """
+
+    epochs: int = 10
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    theta_lr: float = 1.0
+    warmup_epochs: float = 0.1
+    time_steps: tuple[int, ...] = (8,)
+    distill: float = 0.0
+    teacher: str | None = None
+    penalty: float = 0.0
+    max_norm: float = 1.0
+
+    def ranges(self) -> dict[str, bool]:
+        steps = self.time_steps
+        return super().ranges() | {
+            "time_steps": bool(steps) and all(isinstance(t, int) and 1 <= t <= 256 for t in steps),
+            "distill": 0 <= self.distill < math.inf,
+            "penalty": 0 <= self.penalty < math.inf,
+            "max_norm": 0 < self.max_norm < math.inf,
+        }
+
+
+@dataclass(frozen=True)
+class Named:
+    """A recipe by name: where it differs from the defaults, in both stages, in stage 1, and in joint training."""
+
+    both: dict[str, Any]
+    first: dict[str, Any]
+    joint: dict[str, Any]
+
+
+def _resnet20(dataset: str, kind: str, start: str, first: dict[str, Any]) -> Named:
+    both = {"dataset": dataset} | ({} if kind == "A" else {"storage": "fp16"})
+    return Named(both, {"network": "resnet20", "kind": kind} | first, {"start": start})
+
+
+_LONG = {"augment": "cutout", "label_smoothing": 0.1}
+RECIPES = {
+    "cifar10-a": _resnet20("cifar10", "A", "resnet20a-cifar10-qcfs", {"epochs": 60}),
+    "cifar100-a": _resnet20("cifar100", "A", "data/runs/cifar100-a/model.safetensors", {"epochs": 100, "lr": 0.05}),
+    "cifar10-b": _resnet20("cifar10", "B", "data/runs/cifar10-b/model.safetensors", {"epochs": 60} | _LONG),
+    "cifar100-b": _resnet20("cifar100", "B", "data/runs/cifar100-b/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
+    "cifar10-c": _resnet20("cifar10", "C", "data/runs/cifar10-c/model.safetensors", {"epochs": 60} | _LONG),
+    "cifar100-c": _resnet20("cifar100", "C", "data/runs/cifar100-c/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
+}
+"""Stage 1 of each is `micelab train --recipe NAME`, stage 2 the same with `--joint`, which starts from what stage 1 left."""
+
+
+def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
+    """The configuration of recipe `name` (None: the defaults, by the data set) with the options `given` put over it.
+
+    >>> choose("cifar10-b", False, {"epochs": 2}).epochs, choose("cifar10-a", True, {"time_steps": (4,)}).start
+    (2, 'resnet20a-cifar10-qcfs')
+
+    Raises InputError for an unknown name.
+    """
+    if name is not None and name not in RECIPES:
+        raise InputError(f"--recipe {name} is unknown: choose {', '.join(RECIPES)}")
+    named = RECIPES[name] if name is not None else Named({}, {"epochs": 60}, {})
+    if joint:
+        return JointConfig(**named.both | named.joint | given)
+    words = named.both | named.first | given
+    words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
+    if words.get("activation") in ("relu", "clip"):
+        words["levels"] = None
+    return TrainConfig(**words)

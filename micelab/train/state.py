@@ -1,0 +1,47 @@
+"""A run's state in one file: weights, the optimizer's memory, options, counters. A stopped run goes on from it bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from micelab import checkpoint
+from micelab.exceptions import CheckpointError, InputError
+
+
+def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words: dict[str, Any]) -> None:
+    """Writes all of it at once: the last state stays whole where this one cannot be written. `words` hold "config"."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        kept = optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items() if isinstance(value, Tensor)}
+    checkpoint.write_tensors(path, tensors, words)
+
+
+def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> dict[str, Any]:
+    """Puts the state at `path` into model and optimizer, and gives back its words.
+
+    Raises CheckpointError where there is none, and InputError naming each option in which it differs from `config`.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} holds no run to resume: start it without --resume")
+    tensors, words = checkpoint.read_tensors(path)
+    was, now = words["config"], json.loads(json.dumps(config))  # as it reads from a file
+    differ = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in now if was.get(name) != now[name]]
+    if differ:
+        raise InputError(f"{path.parent} was started with other options: {'; '.join(differ)}. Resume with the same ones")
+    weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+    checkpoint.load_weights(model, weights, path)
+    parameters = dict(model.named_parameters())
+    for place, value in tensors.items():
+        if place.startswith("optimizer."):
+            _, key, name = place.split(".", 2)
+            like = parameters[name]
+            if value.shape == like.shape and key != "step":  # laid out in memory as the weights are
+                value = torch.empty_like(like, memory_format=torch.preserve_format).copy_(value)
+            optimizer.state[like][key] = value
+    return words
