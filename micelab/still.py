@@ -85,12 +85,17 @@ def _draw(part: Any, figure: Any) -> None:
     for shape in figure.layout.shapes:
         if shape.type == "line" and shape.yref == "paper" and shape.x0 == shape.x1:
             first.axvline(shape.x0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"))
+        elif shape.type == "line" and shape.yref in (None, "y"):
+            look = {"color": shape.line.color, "linestyle": _DASHES.get(shape.line.dash, "-"), "linewidth": 1, "zorder": 1}
+            first.plot([shape.x0, shape.x1], [shape.y0, shape.y1], **look)
     for note in figure.layout.annotations:
         if note.xref == note.yref == "paper" and note.text:  # the heading of one of several axes
             spot = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)
             part.text(*spot, _plain(note.text), ha="center", va="bottom", fontsize=10)
         elif note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
+        elif note.text and note.showarrow is False and note.yref in (None, "y"):
+            _word(first, _plain(note.text), _places(first, [note.x])[0], note.y, 0.7 * (note.yshift or 0))
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
     if _has_legend(figure):
         _legend(part, axes, wide, [_plain(trace.name or "") for trace in figure.data])
@@ -158,8 +163,17 @@ def _bar(ax: Any, trace: Any, number: int = 0, of: int = 1) -> None:
         color=list(colour) if isinstance(colour, (list, tuple)) else colour,
         label=label,
     )
+    for bar, text in zip(bars, trace.text or [], strict=False):
+        end = bar.get_y() + bar.get_height()
+        _word(ax, text, bar.get_x() + bar.get_width() / 2, end, -3 if bar.get_height() < 0 else 3)
     for bar, hatch in zip(bars, hatches if isinstance(hatches, (list, tuple)) else [], strict=False):
         bar.set(hatch="///" if hatch else None, edgecolor="white", linewidth=0)
+
+
+def _word(ax: Any, text: str, x: float, y: float, shift: float) -> None:
+    """Text so many points above a place of the axes, or below it."""
+    vertical = "bottom" if shift > 0 else "top"
+    ax.annotate(text, (x, y), (0, shift), textcoords="offset points", ha="center", va=vertical, fontsize=9)
 
 
 def _places(ax: Any, values: Any) -> list[Any]:

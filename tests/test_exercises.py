@@ -164,7 +164,7 @@ def test_a_wrong_number_is_shown_beside_the_right_one():
     [
         (([1, 1, 1, 1], [0, 1, 1, 1]), "4 and 4 steps"),
         (([1] * 8, [0] * 8), "8 push and 0 hold"),
-        (([0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]), "sends 2 spikes, 5 are asked for"),
+        (([0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]), "sends 2 spikes, 4 are asked for"),
         (7, "cannot be read"),
         ("push", "cannot be read"),
         (([1, 1, 1, 1, 0, 0, 0, "x"], [0] * 8), "cannot be read"),

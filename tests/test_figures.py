@@ -163,10 +163,11 @@ def test_without_plotly_one_sentence_names_the_remedy():
     assert done.stdout.strip() == "figures need plotly: run `pip install micelab[figures]`"
 
 
-def test_two_networks_of_one_method_share_its_colour_and_differ_in_their_symbol():
+def test_networks_of_one_method_are_darker_each_time_and_have_other_symbols():
     curves = [AccuracyCurve((1, 2), (0.5, 0.6), 10, name, 0) for name in ("qcfs", "mice T=4", "mice T=8", "mice")]
     lines = figures.accuracy_over_time(curves).data
-    assert lines[1].line.color == lines[2].line.color != lines[0].line.color
+    darker = [int(line.line.color[1:3], 16) for line in lines[1:]]
+    assert darker[0] > darker[1] > darker[2]
     assert lines[1].marker.symbol != lines[2].marker.symbol
     alone = figures.accuracy_over_time(curves[3:]).data[0]
     assert (alone.line.color, alone.marker.symbol) == (lines[1].line.color, lines[1].marker.symbol)

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import micelab
@@ -70,3 +71,24 @@ def test_without_matplotlib_one_sentence_names_the_remedy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(micelab.MicelabError, match=r"pictures need matplotlib: run `pip install micelab\[course\]`"):
         still.still([FIGURES["start"]()])
+
+
+def test_bars_carry_their_words_and_lead_from_one_accuracy_to_the_next():
+    picture = Figure(figsize=(6, 4))
+    still._draw(picture.subfigures(), FIGURES["waterfall"]())
+    (ax,) = picture.subfigs[0].axes
+    said = [text.get_text() for text in ax.texts]
+    assert sorted(said) == sorted(["-10.0", "+5.0", "-25.0", "90.0 %", "60.0 %"])
+    below = {text.get_text() for text in ax.texts if text.get_va() == "top"}
+    assert below == {"-10.0", "-25.0"}  # at the end that hangs
+    levels = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"]
+    assert levels == [90, 80, 85, 60]
+
+
+def test_two_tables_hatch_the_clipping_that_was_trained_in():
+    (clipping,) = {
+        trace.marker.pattern.shape
+        for trace in figures.before_and_after(table(), table(), ("a", "b")).data
+        if trace.name == "clipping"
+    }
+    assert set(clipping) == {"/"}

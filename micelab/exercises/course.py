@@ -246,19 +246,19 @@ def _wrong_order(value: Any) -> str:
     if (sum(push), sum(hold)) != (4, 3):
         return f"you send {sum(push)} push and {sum(hold)} hold spikes: it must stay 4 and 3, only their order may change."
     trace = trace_neuron(1.5 * torch.tensor(push) - 1.0 * torch.tensor(hold))
-    return "" if trace.count == 5 else f"with this order the neuron sends {trace.count} spikes, 5 are asked for."
+    return "" if trace.count == 4 else f"with this order the neuron sends {trace.count} spikes, 4 are asked for."
 
 
 @exercise(
     "04-order",
-    hint="the neuron has to spend its charge before it is told to hold back; move the push spikes forward in the panel.",
-    praise="Five spikes where the mean current asks for three: spikes cannot be taken back, so early ones stay.",
+    hint="push first sends 5, even sends 3: begin with the pushes, and let some of the hold spikes come earlier.",
+    praise="Four spikes where the mean current asks for three: spikes cannot be taken back, so early ones stay.",
     judge=_wrong_order,
 )
 def over_firing_order() -> tuple[list[int], list[int]]:
-    """An order of 4 push (+1.5) and 3 hold (-1) spikes in 8 steps that makes the neuron send 5."""
+    """An order of 4 push (+1.5) and 3 hold (-1) spikes in 8 steps that makes the neuron send 4."""
     push = [1, 1, 1, 1, 0, 0, 0, 0]
-    hold = [0, 0, 0, 0, 0, 1, 1, 1]
+    hold = [1, 1, 0, 0, 0, 1, 0, 0]
     return push, hold
 
 

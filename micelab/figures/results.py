@@ -21,6 +21,7 @@ from micelab.figures.style import (
     labels,
     layer_axis,
     make_subplots,
+    shade,
     styled,
 )
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
@@ -35,7 +36,7 @@ def accuracy_over_time(
     """Accuracy in % over true steps (T + hidden), a line for each conversion, a dashed one for the ANN's own accuracy.
 
     ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure;
-    of several networks ("mice T=4", "mice T=8") each has another symbol.
+    of several networks ("mice T=4", "mice T=8") each is darker than the last and has another symbol.
     """
     if not curves:
         raise InputError("there is no accuracy curve to show: give at least one")
@@ -52,7 +53,7 @@ def accuracy_over_time(
             y=[100 * a for a in curve.accuracy],
             name=escape(curve.method + hidden, quote=False),
             mode="lines+markers",
-            line={"color": METHOD_COLOURS[place % len(METHOD_COLOURS)], "width": 2.5},
+            line={"color": shade(METHOD_COLOURS[place % len(METHOD_COLOURS)], before), "width": 2.5},
             marker={"symbol": METHOD_SYMBOLS[(place + before) % len(METHOD_SYMBOLS)], "size": 9},
             hovertemplate="%{x} true steps: %{y:.2f} %",
         )
@@ -73,7 +74,7 @@ def accuracy_over_time(
         type="log",
         tickvals=ticks,
         ticktext=[str(t) for t in ticks],
-        title="true time-steps T (hidden ones counted)",
+        title="true time-steps T (hidden ones counted)" if any(c.hidden_steps for c in curves) else "time-steps T",
     )
     figure.update_yaxes(title="accuracy (%)", range=[0, 103])
     said = "; ".join(f"{c.method} {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)
@@ -155,16 +156,17 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
     if list(before.layers) != list(after.layers):
         raise InputError("the two tables are of different layers: compare networks of one shape")
     rows = [relative_errors(before), relative_errors(after)]
+    hatches = [["/" if layer.trained_clip else "" for layer in t.layers.values()] for t in (before, after)]
     layers, totals = labels(before.layers), [[layer.relative for layer in t.layers.values()] for t in (before, after)]
     heads = [f"{escape(name, quote=False)}, T = {t.time_steps}" for name, t in zip(names, (before, after), strict=True)]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=heads)
-    for row, (values, total) in enumerate(zip(rows, totals, strict=True), start=1):
+    for row, (values, total, hatch) in enumerate(zip(rows, totals, hatches, strict=True), start=1):
         for kind in KINDS:
             figure.add_bar(
                 x=layers,
                 y=[100 * v for v in values[kind]],
                 name=kind,
-                marker_color=COLOURS[kind],
+                marker={"color": COLOURS[kind]} | ({"pattern": {"shape": hatch, "size": 5}} if kind == "clipping" else {}),
                 showlegend=row == 1,
                 legendgroup=kind,
                 hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
@@ -185,7 +187,7 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
         )
     top = 105 * max([*totals[0], *totals[1], *(v for values in rows for kind in KINDS for v in values[kind])], default=0.0)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
-    layer_axis(figure, layers)
+    layer_axis(figure, layers, "; hatched: the ANN clips as well" if any(map(any, hatches)) else "")
     figure.update_xaxes(title=None, showticklabels=False, row=1, col=1)
     figure.update_yaxes(title="error (rms, % of signal)", range=[0, top or 1])
     means = [100 * sum(t) / len(t) for t in totals]

@@ -23,7 +23,8 @@ except ImportError as error:
     raise MicelabError("figures need plotly: run `pip install micelab[figures]`") from error
 
 METHOD_COLOURS = ("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100")
-"""Lines of methods: Paul Tol's muted colours, safe for colour-blind readers, none of which means an error."""
+METHOD_COLOURS += ("#CC6677", "#5F6B00", "#E377C2", "#8C564B", "#7A49A5", "#17BECF")
+"""Lines of methods, one for each: first Paul Tol's muted colours, safe for colour-blind readers; none means an error."""
 
 METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross", "star", "hexagon")
 TOTAL = "#333333"
@@ -67,6 +68,15 @@ def styled(figure: go.Figure, title: str, alt: str, height: int) -> go.Figure:
     """The figure in the common look, with the sentence `alt` for those who cannot see it."""
     entries = [trace.name for trace in figure.data if trace.name]
     return figure.update_layout(look(title, alt, height, entries), template="plotly_white")
+
+
+def shade(colour: str, times: int) -> str:
+    """A colour "#rrggbb", darkened by a quarter so many times.
+
+    >>> shade("#80C0FF", 1)
+    '#6090bf'
+    """
+    return "#" + "".join(f"{int(int(colour[i : i + 2], 16) * 0.75**times):02x}" for i in (1, 3, 5))
 
 
 def look(title: str, alt: str, height: int, entries: Sequence[str] = ()) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class ThresholdPanel(Panel):
         top = float(z.max())
         picked = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[: self.SAMPLES]
         self.z = torch.cat([z[picked], z.max()[None]])
+        self.sampled = f" (of {len(picked):,} inputs)" if len(picked) < len(z) else ""
         self.thetas = torch.linspace(top / self.CANDIDATES, top, self.CANDIDATES, dtype=torch.float64)
         self.errors: dict[int, ThresholdErrors] = {t: threshold_errors(self.z, self.thetas, t) for t in time_steps}
         places = [round(value, 2) for value in self.thetas.tolist()]
@@ -68,7 +69,7 @@ class ThresholdPanel(Panel):
         errors, here = self._here()
         return (
             f"θ ≈ {self.state.theta:.2f}, T = {self.state.time_steps}: clipping ≈ {float(errors.clipping[here]):.3f}, "
-            f"quantization ≈ {float(errors.quantization[here]):.3f}, both ≈ {float(errors.total[here]):.3f}; "
+            f"quantization ≈ {float(errors.quantization[here]):.3f}, both ≈ {float(errors.total[here]):.3f}{self.sampled}; "
             f"least at θ ≈ {float(errors.thetas[errors.best]):.2f}."
         )
 
