@@ -4,6 +4,7 @@ is on the right device, and inside a simulation the host never waits for the dev
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ class OneDevice:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
+@contextmanager
+def half_precision(seen):
+    """Autocast to bf16 on the fake device, as on a card that has it; the types that convolutions take and give go to `seen`."""
+    convolve = torch.nn.functional.conv2d
+
+    def noting(images, *args, **options):
+        out = convolve(images, *args, **options)
+        seen.add((images.device.type, out.dtype))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+        patch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+        patch.setattr("torch.nn.functional.conv2d", noting)
+        yield
+
+
 def small_data():
     images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 2
     split = Split(images, labels)
@@ -164,6 +182,25 @@ def test_a_training_step_makes_its_batch_and_its_update_on_the_device(augment, t
         assert run.step == 1
         assert {parameter.grad.device.type for parameter in run.model.parameters()} == {"cuda"}
         assert [wait for wait in waits if wait != "copy to the device"] == ["read"]  # the loss, once a step: is it finite?
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["stage 1", "joint"])
+def test_a_training_step_in_bf16_convolves_in_it_and_keeps_its_gradients_in_fp32(joint, tmp_path):
+    common = {"epochs": 1, "batch_size": 4, "precision": "bf16"}
+    data, model, seen = small_data(), micelab.resnet20(num_classes=2, width=8, activation="quant_clip"), set()
+    with fake_cuda() as waits, half_precision(seen), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainConfig, "build", lambda *_: model)
+        if joint:
+            run = _JointRun(JointConfig(**common, time_steps=(4,)), tmp_path, data, OneDevice(), model=model.to("cuda"))
+        else:
+            run = Run(TrainConfig(**common), tmp_path, data, OneDevice())
+        (images, labels), *_ = run.batches.epoch(0)
+        waits.clear()
+        seen.clear()
+        run._one_step(images, labels)
+        assert {(p.grad.device.type, p.grad.dtype) for p in run.model.parameters()} == {("cuda", torch.float32)}
+        assert [wait for wait in waits if wait != "copy to the device"] == ["read"]
+    assert seen == {("cuda", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("options", [{}, {"distill": 1.0, "penalty": 0.1}], ids=["plain", "distillation and penalty"])
