@@ -1,0 +1,84 @@
+"""Accuracy after each number of time-steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from micelab.exceptions import InputError
+from micelab.network.spiking import Precision, SpikingNetwork
+
+
+@dataclass(frozen=True)
+class AccuracyCurve:
+    """Accuracy in [0, 1] after each of `time_steps`; `true_steps` counts what a method spends beyond them.
+
+    That is `hidden_steps` more, and `turns` times as many where so many layers in a row wait for one another.
+    """
+
+    time_steps: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    images: int
+    method: str
+    hidden_steps: int = 0
+    turns: int = 1
+
+    @property
+    def true_steps(self) -> tuple[int, ...]:
+        """T x turns + hidden steps, for each T."""
+        return tuple(self.true(steps) for steps in self.time_steps)
+
+    @property
+    def true_words(self) -> str:
+        """The same as a formula: "T", "T + 4", "19 T"."""
+        steps = "T" if self.turns == 1 else f"{self.turns} T"
+        return f"{steps} + {self.hidden_steps}" if self.hidden_steps else steps
+
+    def true(self, time_steps: int) -> int:
+        """The steps that a run of T = `time_steps` takes in truth."""
+        return time_steps * self.turns + self.hidden_steps
+
+    def within(self, true_steps: int) -> float | None:
+        """Accuracy at the largest T that takes at most so many true steps; None where not even the smallest does."""
+        fitting = [a for steps, a in zip(self.time_steps, self.accuracy, strict=True) if self.true(steps) <= true_steps]
+        return fitting[-1] if fitting else None
+
+    def at(self, time_steps: int) -> float:
+        """Accuracy after so many steps."""
+        return self.accuracy[self.time_steps.index(time_steps)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and names."""
+        return asdict(self) | {"true_steps": self.true_steps}
+
+
+def accuracy_curve(
+    snn: SpikingNetwork,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    precision: Precision = "fp32",
+) -> AccuracyCurve:
+    """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
+
+    One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
+    a network whose layers wait for one another is simulated for each T by itself. `precision`: "int8" and "bf16" are the
+    fast modes of `SpikingNetwork.simulate`.
+    """
+    wanted = tuple(sorted(set(time_steps)))
+    if not wanted or wanted[0] < 1:
+        raise InputError(f"time_steps is {tuple(time_steps)}: give numbers of at least 1")
+    right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
+    for images, labels in loader:
+        if snn.turns == 1:
+            predictions = snn.simulate(images, wanted[-1], record=False, precision=precision).predictions[[t - 1 for t in wanted]]
+        else:
+            predictions = torch.stack([snn(images, t, precision).argmax(-1) for t in wanted])
+        right += (predictions == labels.to(predictions.device)).sum(1).cpu()
+        seen += len(labels)
+    if not seen:
+        raise InputError("the loader gave no images: give batches of (images, labels)")
+    return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps, snn.turns)

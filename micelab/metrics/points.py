@@ -1,0 +1,93 @@
+"""How many points of accuracy each of the three errors costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from micelab.activation import clip, quantize
+from micelab.exceptions import InputError
+from micelab.graph.runner import LayerRunner
+from micelab.graph.tracing import trace
+from micelab.network.spiking import SpikingNetwork
+from micelab.neuron.firing import over_time
+
+
+@dataclass(frozen=True)
+class LostPoints:
+    """Accuracy in [0, 1] of the ANN, of the network with clipping alone, with clipping and quantization, and of the SNN.
+
+    The differences are the points lost to each error; they sum to the whole loss. Negative: the error happens to help.
+    """
+
+    ann: float
+    clipped: float
+    quantized: float
+    snn: float
+    time_steps: int
+    images: int
+
+    @property
+    def clipping(self) -> float:
+        """Lost to activations above theta."""
+        return self.ann - self.clipped
+
+    @property
+    def quantization(self) -> float:
+        """Lost to the staircase of T steps."""
+        return self.clipped - self.quantized
+
+    @property
+    def timing(self) -> float:
+        """Lost to the order in which spikes arrive."""
+        return self.quantized - self.snn
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers."""
+        return asdict(self) | {kind: getattr(self, kind) for kind in ("clipping", "quantization", "timing")}
+
+
+def lost_points(
+    ann: nn.Module,
+    snn: SpikingNetwork,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    time_steps: int = 8,
+    snn_accuracy: float | None = None,
+) -> LostPoints:
+    """Why the accuracy falls from ANN to SNN: three networks in between, each with one error more than the last.
+
+    The clipped network limits every activation to [0, theta]; the quantized one puts it on Q, the staircase of `time_steps`
+    steps, with the start and the bias that the method gives its neurons; the SNN adds the order of spikes, and what the
+    method does about it image by image. `snn_accuracy`: the SNN's over the same images where it is known already.
+    """
+    runners = [LayerRunner(trace(ann)), _Substitute(snn, None), _Substitute(snn, time_steps)]
+    right, seen = [0] * (4 if snn_accuracy is None else 3), 0
+    for images, labels in loader:
+        with torch.inference_mode():
+            predictions = [runner.run(images).argmax(1) for runner in runners]
+        if snn_accuracy is None:
+            predictions.append(snn.simulate(images, time_steps, record=False).predictions[-1])
+        right = [r + int((p == labels.to(p.device)).sum()) for r, p in zip(right, predictions, strict=True)]
+        seen += len(labels)
+    if not seen:
+        raise InputError("the loader gave no images: give batches of (images, labels)")
+    ann_right, clipped, quantized, *simulated = (r / seen for r in right)
+    return LostPoints(ann_right, clipped, quantized, simulated[0] if simulated else snn_accuracy or 0.0, time_steps, seen)
+
+
+class _Substitute(LayerRunner):
+    """The spiking network with every neuron replaced by its clip (levels None) or its staircase."""
+
+    def __init__(self, snn: SpikingNetwork, levels: int | None):
+        super().__init__(snn.layers)
+        self.levels = levels
+
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+        if self.levels is None:
+            return clip(z, module.theta)
+        mean = over_time(module.drive(z.expand(self.levels, *z.shape)))
+        return quantize(mean, module.theta, self.levels, module.v0)
