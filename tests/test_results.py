@@ -147,8 +147,9 @@ def test_the_readme_shows_the_stored_speeds():
         assert f"| {name} | {numbers}" in readme
 
 
-def test_the_ablation_in_the_docs_is_the_stored_one_digit_for_digit():
-    stored = json.loads((ROOT / "data" / "results" / "ablation-digits-t2.json").read_text())
+@pytest.mark.parametrize("name", ["digits-t2", "cifar10-t4"])
+def test_an_ablation_in_the_docs_is_the_stored_one_digit_for_digit(name):
+    stored = json.loads((ROOT / "data" / "results" / f"ablation-{name}.json").read_text())
     page = (ROOT / "docs" / "method.md").read_text()
     assert stored["command"] in page
     shown = ("timing", "quantization", "clipping", "inherited", "total", "over_firing", "under_firing")

@@ -148,7 +148,7 @@ class _Mean(LayerRunner):
 
     def walk(self, images: Tensor) -> Tensor:
         bounds = [*range(0, len(images), self.chunk), len(images)]
-        parts = [slice(a, b) for a, b in pairwise(bounds)]
+        parts = [slice(a, b) for a, b in pairwise(bounds)] if self.time_steps > 1 else []  # one step is its own mean
         self.steps = [_Steps(self.plan, self.time_steps, part, self.affine) for part in parts]
         self.args_iter = iter([images])
         out: Any = None
@@ -218,6 +218,8 @@ class _Mean(LayerRunner):
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         rate = torch.empty_like(z)
+        if self.time_steps == 1:
+            fire(z.detach()[None], module.theta, module.v0, False, rate[None])
         for steps in self.steps:
             rate[steps.part] = steps.counts
         # every neuron adds to the gradient of theta and v0: scaled as LSQ does, or they run away (Esser et al., ICLR 2020)
