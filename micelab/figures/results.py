@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import log10
+from typing import Any
 
 from torch import Tensor
 
@@ -91,13 +92,13 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
     if not table.layers:
         raise InputError("the error table holds no layers: nothing to show")
     figure, names = go.Figure(), labels(table.layers)
-    hatch = ["/" if layer.trained_clip else "" for layer in table.layers.values()]
+    hatch = _hatches(table)
     for kind, values in relative_errors(table).items():
         figure.add_bar(
             x=names,
             y=[100 * v for v in values],
             name=kind,
-            marker={"color": COLOURS[kind]} | ({"pattern": {"shape": hatch, "size": 5}} if kind == "clipping" else {}),
+            marker=_of_kind(kind, hatch),
             hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
         )
     figure.add_scatter(
@@ -117,6 +118,16 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
     alt = f"Errors of {len(names)} layers at T = {table.time_steps}: the total is largest in {worst}, "
     alt += f"{100 * errors.relative:.0f} % of its signal, and its largest term is {kind}."
     return styled(figure, title or f"Errors of every layer: {table.method}, T = {table.time_steps}", alt, 460)
+
+
+def _hatches(table: ErrorTable) -> list[str]:
+    """A pattern for each layer whose clipping is the ANN's own."""
+    return ["/" if layer.trained_clip else "" for layer in table.layers.values()]
+
+
+def _of_kind(kind: str, hatches: list[str]) -> dict[str, Any]:
+    """How the bars of an error look; clipping is hatched where it was trained in."""
+    return {"color": COLOURS[kind]} | ({"pattern": {"shape": hatches, "size": 5}} if kind == "clipping" else {})
 
 
 def error_over_depth(
@@ -156,7 +167,7 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
     if list(before.layers) != list(after.layers):
         raise InputError("the two tables are of different layers: compare networks of one shape")
     rows = [relative_errors(before), relative_errors(after)]
-    hatches = [["/" if layer.trained_clip else "" for layer in t.layers.values()] for t in (before, after)]
+    hatches = [_hatches(before), _hatches(after)]
     layers, totals = labels(before.layers), [[layer.relative for layer in t.layers.values()] for t in (before, after)]
     heads = [f"{escape(name, quote=False)}, T = {t.time_steps}" for name, t in zip(names, (before, after), strict=True)]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=heads)
@@ -166,7 +177,7 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
                 x=layers,
                 y=[100 * v for v in values[kind]],
                 name=kind,
-                marker={"color": COLOURS[kind]} | ({"pattern": {"shape": hatch, "size": 5}} if kind == "clipping" else {}),
+                marker=_of_kind(kind, hatch),
                 showlegend=row == 1,
                 legendgroup=kind,
                 hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
