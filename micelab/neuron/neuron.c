@@ -9,7 +9,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#define LANES 16
+#else
 #define LANES 8
+#endif
 #define MOST 4
 #define INLINE static inline __attribute__((always_inline))
 
@@ -154,19 +158,26 @@ void fire(
         plus ? all(&k, threads, 1, 0, 1, 0, 0) : all(&k, threads, 0, 0, 1, 0, 0);
 }
 
-/* the rates of the `bytes`/4 neurons from `at` on: theta*clip(floor(z*levels/theta + v0), 0, levels)/levels */
+/* `other` where yes, else values */
+INLINE vector replaced(vector values, mask yes, vector other)
+{
+    mask bits, others;
+    memcpy(&bits, &values, sizeof bits);
+    memcpy(&others, &other, sizeof others);
+    bits = (bits & ~yes) | (others & yes);
+    memcpy(&values, &bits, sizeof values);
+    return values;
+}
+
+/* the rates of the `bytes`/4 neurons from `at` on: theta*clip(floor(z*levels/theta + v0), 0, levels)/levels; limited before it
+   is floored, which is the same for a whole number of levels */
 INLINE void rates(const void *z, void *rate, float up, float v0, float most, float down, int64_t at, int64_t bytes, const int half)
 {
     vector level = take(z, at, bytes, half) * up + v0;
-    float numbers[LANES];
-    memcpy(numbers, &level, sizeof numbers);
-    for (int i = 0; i < LANES; i++) {
-        float n = __builtin_floorf(numbers[i]);
-        n = n < 0.0f ? 0.0f : n;
-        numbers[i] = n > most ? most : n; /* NaN stays NaN */
-    }
-    memcpy(&level, numbers, sizeof level);
-    put(rate, at, bytes, half, level * down);
+    level = replaced(level, level < 0.0f, (vector){0});
+    level = replaced(level, level > most, (vector){0} + most);
+    const vector floored = __builtin_convertvector(__builtin_convertvector(level, mask), vector);
+    put(rate, at, bytes, half, (floored + (level - level)) * down); /* NaN stays NaN */
 }
 
 void staircase(const void *z, void *rate, float up, float v0, float most, float down, int64_t size, int half, int threads)
