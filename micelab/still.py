@@ -82,18 +82,23 @@ def _draw(part: Any, figure: Any) -> None:
     for key, ax in axes.items():
         _dress(ax, figure.layout[_axis_name(key[0])], figure.layout[_axis_name(key[1])])
     first = next(iter(axes.values()))
-    for shape in figure.layout.shapes:
+    for shape in (shape for shape in figure.layout.shapes if shape.opacity != 0):
         if shape.type == "line" and shape.yref == "paper" and shape.x0 == shape.x1:
             first.axvline(shape.x0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"))
+        elif shape.type == "line" and shape.xref == "paper" and shape.y0 == shape.y1:
+            first.axhline(shape.y0, color=shape.line.color, linestyle=_DASHES.get(shape.line.dash, "-"), linewidth=1.5)
         elif shape.type == "line" and shape.yref in (None, "y"):
             look = {"color": shape.line.color, "linestyle": _DASHES.get(shape.line.dash, "-"), "linewidth": 1, "zorder": 1}
             first.plot([shape.x0, shape.x1], [shape.y0, shape.y1], **look)
-    for note in figure.layout.annotations:
+    for note in (note for note in figure.layout.annotations if note.opacity != 0):
         if note.xref == note.yref == "paper" and note.text:  # the heading of one of several axes
             spot = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)
             part.text(*spot, _plain(note.text), ha="center", va="bottom", fontsize=10)
         elif note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
+        elif note.xref == "paper" and note.text:  # above its height, from the left edge on
+            place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+            first.annotate(_plain(note.text), (0.01, note.y), fontsize=9, **place)
         elif note.text and note.showarrow is False and note.yref in (None, "y"):
             _word(first, _plain(note.text), _places(first, [note.x])[0], note.y, 0.7 * (note.yshift or 0))
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)

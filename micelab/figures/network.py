@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+import numpy as np
 from torch import Tensor
 
 from micelab.exceptions import InputError
@@ -18,8 +19,8 @@ def spike_map(spikes: Tensor, layer: str, step: int, title: str | None = None) -
         raise InputError(f"spikes have shape {tuple(spikes.shape)}: one step of one image is [C, H, W] or [C]")
     tiles = spikes.reshape(-1, 1, 1) if spikes.dim() == 1 else spikes
     fired, neurons = int((tiles != 0).sum()), tiles.numel()
-    heat = {"type": "heatmap", "z": _mosaic(tiles), "zmin": 0, "zmax": 1, "showscale": False, "hoverinfo": "skip"}
-    heat["colorscale"] = [[0, "#E8E8E8"], [1, SPIKE]]
+    heat = {"type": "heatmap", "z": _mosaic(tiles), "zmin": -1, "zmax": 1, "showscale": False, "hoverinfo": "skip"}
+    heat["colorscale"] = [[0, "white"], [0.5, "#E8E8E8"], [1, SPIKE]]
     alt = f"Layer {layer} at step {step}: {fired} of {neurons} neurons fire, in {len(tiles)} channels."
     shown = title or f"{layer}, step {step}: {fired} of {neurons} neurons fire"
     layout = look(shown, alt, 400)
@@ -42,14 +43,13 @@ def running_answer(probabilities: Sequence[float], classes: Sequence[str], step:
     return {"data": [bar], "layout": layout}
 
 
-def _mosaic(tiles: Tensor) -> list[list[float | None]]:
-    """Channels [C, H, W] side by side in a near square, with a gap (None) between them."""
+def _mosaic(tiles: Tensor) -> np.ndarray:
+    """Channels [C, H, W] side by side in a near square, with a gap (-1) between them."""
     channels, height, width = tiles.shape
     across = ceil(channels**0.5)
     down = ceil(channels / across)
-    rows: list[list[float | None]] = [[None] * (across * (width + 1) - 1) for _ in range(down * (height + 1) - 1)]
-    for number, tile in enumerate(tiles.abs().tolist()):
-        top, left = number // across * (height + 1), number % across * (width + 1)
-        for y, line in enumerate(tile):
-            rows[top + y][left : left + width] = line
-    return rows
+    room = np.full((down * (height + 1), across * (width + 1)), -1, dtype=np.int8)
+    places = room.reshape(down, height + 1, across, width + 1)
+    for number, tile in enumerate(tiles.ne(0).numpy()):
+        places[number // across, :height, number % across, :width] = tile
+    return room[:-1, :-1]

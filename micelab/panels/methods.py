@@ -10,7 +10,7 @@ from torch import Tensor
 
 from micelab import figures
 from micelab.exceptions import InputError
-from micelab.figures.style import CHOSEN, Spec
+from micelab.figures.style import CHOSEN, TOTAL, Spec
 from micelab.metrics import AccuracyCurve
 from micelab.network.spiking import SpikingNetwork
 from micelab.panels.image import as_png
@@ -61,7 +61,8 @@ class MethodPanel(Panel):
             raise InputError("the conversions have different layers: show networks of one shape together")
         self.state = View(names[-1], 0, time_steps, layers[0])
         named = [replace(curve, method=name) for name, curve in self.curves.items()]
-        self._curves = figures.accuracy_over_time(named, self.ann_accuracy[names[-1]]).update_layout(height=400).to_plotly_json()
+        self._curves = figures.accuracy_over_time(named).update_layout(height=400).to_plotly_json()
+        self._marks = [_upright(step) for step in range(1, time_steps + 1)] + [_level(self.ann_accuracy[name]) for name in names]
         last = len(images) - 1
         self.method = choice("method", names, names[-1], lambda name: self.choose(replace(self.state, method=name)))
         self.image = slider("image", 0, 0, last, 1, lambda value: self.choose(replace(self.state, image=int(value))))
@@ -70,15 +71,19 @@ class MethodPanel(Panel):
         self.build([self.method, self.image, self.step, self.layer])
 
     def _over_time(self) -> Spec:
-        """All curves in their places, the chosen one strong: few changes make a quick move."""
-        now, ann_accuracy = self.state, 100 * self.ann_accuracy[self.state.method]
-        *lines, ann = self._curves["data"]
-        data = [line | {"opacity": 1.0 if name == now.method else 0.3} for name, line in zip(self.curves, lines, strict=True)]
-        data.append(ann | {"y": [ann_accuracy] * 2, "name": f"ANN {ann_accuracy:.1f} %"})
-        line = {"type": "line", "x0": now.step, "x1": now.step, "y0": 0, "y1": 1, "yref": "paper"}
-        shapes = [line | {"line": {"color": CHOSEN, "dash": "dot"}}]
-        title = self._curves["layout"]["title"] | {"text": f"Over T: {now.method}"}
-        return {"data": data, "layout": self._curves["layout"] | {"shapes": shapes, "title": title}}
+        """All curves, a line for every T and for every ANN, those that are not meant unseen: plotly draws a figure anew where
+        a line moves, but not where one comes to light."""
+        now, layout = self.state, self._curves["layout"]
+        chosen = [name == now.method for name in self.curves]
+        lines = zip(self._curves["data"], chosen, strict=True)
+        seen = [step == now.step for step in range(1, len(self._marks) - len(chosen) + 1)] + chosen
+        shapes = [mark | {"opacity": float(lit)} for mark, lit in zip(self._marks, seen, strict=True)]
+        notes = [_said(self.ann_accuracy[name]) | {"opacity": float(name == now.method)} for name in self.curves]
+        title = layout["title"] | {"text": f"Over T: {now.method}"}
+        return {
+            "data": [line | {"opacity": 1.0 if lit else 0.3} for line, lit in lines],
+            "layout": layout | {"shapes": shapes, "annotations": notes, "title": title},
+        }
 
     def specs(self) -> list[Spec]:
         now = self.state
@@ -126,3 +131,21 @@ class MethodPanel(Panel):
 
     def __repr__(self) -> str:
         return f"MethodPanel: {self.sentence()}"
+
+
+def _upright(step: int) -> Spec:
+    """A dotted line at T = `step`."""
+    look = {"color": CHOSEN, "dash": "dot"}
+    return {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper", "line": look}
+
+
+def _level(accuracy: float) -> Spec:
+    """A dashed line at the accuracy of an ANN, from edge to edge."""
+    look = {"color": TOTAL, "dash": "dash", "width": 1.5}
+    return {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": 100 * accuracy, "y1": 100 * accuracy, "line": look}
+
+
+def _said(accuracy: float) -> Spec:
+    """What that line is, above its left end."""
+    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 100 * accuracy, "yanchor": "bottom", "showarrow": False}
+    return place | {"text": f"ANN {100 * accuracy:.1f} %"}

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from micelab.exceptions import MicelabError
 from micelab.figures.style import Spec, legend_rows
 from micelab.panels.drawing import Drawing
@@ -94,7 +96,7 @@ def redraw(now: go.FigureWidget, before: Spec, after: Spec) -> None:
     """Brings a shown figure from one plain dict to another of the same traces, in one message of what differs."""
     with now.batch_update():
         for trace, old, new in zip(now.data, before["data"], after["data"], strict=True):
-            changed = {key: value for key, value in new.items() if old.get(key) != value}
+            changed = {key: value for key, value in new.items() if not _same(old.get(key), value)}
             for key, value in changed.items():
                 trace[key] = value
         for key, value in after["layout"].items():
@@ -103,13 +105,17 @@ def redraw(now: go.FigureWidget, before: Spec, after: Spec) -> None:
                 continue
             if key == "title":
                 now.layout.title.text = value["text"]
-            elif key == "shapes" and old and len(value) == len(old):  # moved, not made anew
-                for shape, was, will in zip(now.layout.shapes, old, value, strict=True):
-                    shape.update({part: place for part, place in will.items() if was.get(part) != place})
+            elif key in ("shapes", "annotations") and old and len(value) == len(old):  # changed, not made anew
+                for mark, was, will in zip(now.layout[key], old, value, strict=True):
+                    mark.update({part: place for part, place in will.items() if was.get(part) != place})
             elif isinstance(value, dict) and "range" in value:
                 now.layout[key].range = value["range"]
             else:
                 now.layout[key] = value
+
+
+def _same(old: Any, new: Any) -> bool:
+    return np.array_equal(old, new) if isinstance(new, np.ndarray) else bool(old == new)
 
 
 def slider(label: str, value: float, low: float, high: float, step: float, moved: Callable[[float], None]) -> widgets.Widget:
