@@ -177,7 +177,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Image-steps a second over T, batch and width: micelab, the floor and the peer, a line for each number of threads."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 4.1), layout="constrained")
     axes = figure.subplots(1, 3)
     for number, (threads, found) in enumerate(results["scaling"].items()):
         for ax, (over, points) in zip(axes, found.items(), strict=True):
@@ -200,8 +200,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ax.set(xscale="log", yscale="log", xlabel={"time_steps": "T", "batch": "images", "width": "width"}[over])
             ax.set_xticks(list(map(int, points)), labels=list(map(str, points)), fontsize=8)
             ax.minorticks_off()
+            heights = [h for h in (50, 100, 200, 500, 1000, 2000, 5000, 10_000) if ax.get_ylim()[0] < h < ax.get_ylim()[1]]
+            ax.set_yticks(heights, labels=[f"{h:,}" for h in heights], fontsize=8)
     axes[0].set_ylabel("image-steps a second")
-    axes[0].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
