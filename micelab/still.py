@@ -97,8 +97,8 @@ def _draw(part: Any, figure: Any) -> None:
         elif note.yref == "paper" and note.text:
             first.annotate(_plain(note.text), (note.x, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
         elif note.xref == "paper" and note.text:  # above its height, from the left edge on
-            place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
-            first.annotate(_plain(note.text), (0.01, note.y), fontsize=9, **place)
+            units = ("axes fraction", "data")
+            first.annotate(_plain(note.text), (0.01, note.y), xycoords=units, ha="left", va="bottom", fontsize=9)
         elif note.text and note.showarrow is False and note.yref in (None, "y"):
             _word(first, _plain(note.text), _places(first, [note.x])[0], note.y, 0.7 * (note.yshift or 0))
     part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
