@@ -22,7 +22,7 @@ from micelab.exceptions import InputError
 @command(
     epilog="Examples: `micelab train` · `micelab train --recipe cifar10-a` · "
     "`micelab train --dataset cifar10 --activation relu --epochs 60 --out data/runs/relu` · "
-    "`micelab train --joint --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
+    "`micelab train --joint --gradient time --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
 )
 def train(
     recipe: Annotated[
@@ -42,10 +42,10 @@ def train(
     theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="[128]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1 (SGD); joint: 0.001 (Adam)].")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0]")] = None,
-    theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1].")] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1; joint: 0.001 (Adam); --gradient time: 0.05].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0; --gradient time: 0.0001]")] = None,
+    theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1; --gradient time: 0.1].")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1; --gradient time: 1]")] = None,
     label_smoothing: Annotated[float | None, typer.Option(min=0, help="[0]")] = None,
     augment: Annotated[
         str | None, typer.Option(help="none, standard (crop, flip) [that], cutout, or auto (AutoAugment too).")
@@ -54,6 +54,9 @@ def train(
     joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
     time_steps: Annotated[
         str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
+    ] = None,
+    gradient: Annotated[
+        str | None, typer.Option(help="Joint: rates, of the spike counts [that], or time, of every spike (T times an ANN's cost).")
     ] = None,
     distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
@@ -90,7 +93,11 @@ def train(
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
     first |= {"compile": True} if compile else {}
     second = _given(
-        time_steps=parsed_steps(time_steps) if time_steps else None, distill=distill, teacher=teacher, penalty=penalty
+        time_steps=parsed_steps(time_steps) if time_steps else None,
+        gradient=gradient,
+        distill=distill,
+        teacher=teacher,
+        penalty=penalty,
     )
     if astray := first if joint else second:
         name = next(iter(astray)).replace("_", "-")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,19 +22,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from micelab.activation import over_channels, straight_through
 from micelab.exceptions import ConversionError
-from micelab.graph.affine import BATCH_NORMS, CONVOLUTIONS, is_size
+from micelab.graph.affine import BATCH_NORMS, is_size
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import is_activation, read
+from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded, largest_layer
 from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron.firing import fire
-
-
-class JointPass(NamedTuple):
-    """`logits` [N, classes], mean over T steps; `penalty`: the residual potential penalty, a scalar."""
-
-    logits: Tensor
-    penalty: Tensor
 
 
 class SpikesInTheLoop(nn.Module):
@@ -51,12 +45,12 @@ class SpikesInTheLoop(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._graph = _Graph(read(model))
+        self._plan = Plan(read(model))
         self._largest: dict[tuple[int, ...], int] = {}
 
     def forward(self, images: Tensor, time_steps: int, penalize: bool = False) -> JointPass:
         """Images [N, C, H, W] in [0, 1] through T = `time_steps` steps; the penalty is 0 unless asked for."""
-        mean = _Mean(self._graph, time_steps, self._chunk(images, time_steps), penalize)
+        mean = _Mean(self._plan, time_steps, self._chunk(images, time_steps), penalize)
         logits = mean.walk(images)
         return JointPass(logits, torch.stack(mean.penalties).mean() if penalize else logits.new_zeros(()))
 
@@ -66,31 +60,9 @@ class SpikesInTheLoop(nn.Module):
             return len(images)
         shape = tuple(images.shape[1:])
         if shape not in self._largest:  # of a copy, which may change its batch statistics
-            self._largest[shape] = largest_layer(copy.deepcopy(self._graph.traced).eval(), images[:1])
+            self._largest[shape] = largest_layer(copy.deepcopy(self._plan.traced).eval(), images[:1])
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         return max(1, CACHE_BUDGET // (self._largest[shape] * time_steps * dtype.itemsize))
-
-
-class _Graph:
-    """The layers in order, and which of them need not run at every step."""
-
-    def __init__(self, traced: fx.GraphModule):
-        self.traced = traced
-        self.before: set[fx.Node] = set()  # what some activation still depends on: the head runs on the mean alone
-        for node in reversed(traced.graph.nodes):
-            if is_activation(traced, node) or any(user in self.before for user in node.users):
-                self.before.add(node)
-        self.weighted: dict[fx.Node, Any] = {}  # batch-norm -> the layer before it, whose weights it is folded into
-        for node in traced.graph.nodes:
-            if node.op == "call_module" and isinstance(self.module(node), BATCH_NORMS):
-                source = node.args[0]
-                foldable = source.op == "call_module" and isinstance(self.module(source), (*CONVOLUTIONS, nn.Linear))
-                if foldable and len(source.users) == 1:
-                    self.weighted[node] = self.module(source)
-        self.folded = {node.args[0] for node in self.weighted}
-
-    def module(self, node: fx.Node) -> Any:
-        return self.traced.get_submodule(str(node.target))
 
 
 class _Steps(TimeFolded):
@@ -100,9 +72,9 @@ class _Steps(TimeFolded):
     into, (scale, shift) for each channel. `counts`: the spikes of the last activation, [n, ...].
     """
 
-    def __init__(self, graph: _Graph, time_steps: int, images: slice, affine: dict[fx.Node, tuple[Tensor, Tensor]]):
-        super().__init__(graph.traced, time_steps, images.stop - images.start, record=False, spikes=False)
-        self.plan, self.part, self.affine = graph, images, affine
+    def __init__(self, plan: Plan, time_steps: int, images: slice, affine: dict[fx.Node, tuple[Tensor, Tensor]]):
+        super().__init__(plan.traced, time_steps, images.stop - images.start, record=False, spikes=False)
+        self.plan, self.part, self.affine = plan, images, affine
         self.counts = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -137,9 +109,9 @@ class _Steps(TimeFolded):
 class _Mean(LayerRunner):
     """The mean over the steps, with gradient; it leads the walk and hands every layer to the steps too."""
 
-    def __init__(self, graph: _Graph, time_steps: int, chunk: int, penalize: bool):
-        super().__init__(graph.traced)
-        self.plan, self.time_steps, self.chunk, self.penalize = graph, time_steps, chunk, penalize
+    def __init__(self, plan: Plan, time_steps: int, chunk: int, penalize: bool):
+        super().__init__(plan.traced)
+        self.plan, self.time_steps, self.chunk, self.penalize = plan, time_steps, chunk, penalize
         self.penalties: list[Tensor] = []
         self.affine: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         self.steps: list[_Steps] = []
@@ -222,17 +194,11 @@ class _Mean(LayerRunner):
             fire(z.detach()[None], module.theta, module.v0, False, rate[None])
         for steps in self.steps:
             rate[steps.part] = steps.counts
-        # every neuron adds to the gradient of theta and v0: scaled as LSQ does, or they run away (Esser et al., ICLR 2020)
-        neurons = z[0].numel() / max(1, module.log_theta.numel())
-        log_theta, v0 = (_scale_gradient(p, neurons**-0.5) for p in (module.log_theta, module.v0))
+        log_theta, v0 = scale_gradients(module, z)
         if self.penalize:
             self.penalties.append(residual_penalty(z.float(), rate.float(), log_theta.exp(), v0, self.time_steps))
         rate *= over_channels(log_theta.detach().exp(), rate) / self.time_steps
         return straight_through(z, rate, log_theta, v0, self.time_steps)
-
-
-def _scale_gradient(value: Tensor, scale: float) -> Tensor:
-    return value * scale + (value * (1 - scale)).detach()
 
 
 def residual_penalty(mean_current: Tensor, count: Tensor, theta: Tensor, v0: Tensor, time_steps: int) -> Tensor:

@@ -22,6 +22,7 @@ from micelab.data import ImageData
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph.tracing import activations, trace
 from micelab.joint.loop import SpikesInTheLoop
+from micelab.joint.through_time import SpikesThroughTime
 from micelab.metrics import accuracy_curve
 from micelab.train.batches import mix
 from micelab.train.recipe import JointConfig
@@ -109,16 +110,19 @@ class _JointRun(Run):
         return prepare(start, max(config.time_steps)).train()
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.config.gradient == "time":
+            return torch.optim.SGD(groups, lr=self.config.lr, momentum=0.9, nesterov=True)
         return torch.optim.AdamW(groups, lr=self.config.lr)
 
     def make_forward(self) -> Callable[..., Any]:
-        return self.accelerator.prepare_model(SpikesInTheLoop(self.model))
+        kind = SpikesThroughTime if self.config.gradient == "time" else SpikesInTheLoop
+        return self.accelerator.prepare_model(kind(self.model))
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         drawn = mix(config.seed, self.epoch, self.step) % len(config.time_steps)
         with self.autocast():
-            logits, penalty = self.forward(images, config.time_steps[drawn], config.penalty > 0)
+            logits, penalty = self.forward(images, config.time_steps[drawn], penalize=config.penalty > 0)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if self.teacher is not None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from micelab.activation import over_channels
-from micelab.neuron.layout import in_order_of, is_dense
+from micelab.neuron.layout import in_order_of, is_dense, steps_like
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,28 @@ def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: 
     library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, _threads(z))
     of_theta, of_start = sums.sum(0).float()
     return grad_z, of_theta, of_start
+
+
+LONGEST = 256
+"""More steps than that the kernel of `time_gradient` has no room for, as in neuron.c."""
+
+
+def time_gradient(grad: Tensor, current: Tensor, theta: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(gradient of the currents [T, N, ...], of log(theta), of v0) of `micelab.joint.through_time`, in one pass; None where it
+    cannot run here. theta, v0: one number for all."""
+    library = _for_training(current[0], theta, v0) if len(current) <= LONGEST else None
+    if library is None or not current.is_cpu or current.dtype != grad.dtype:
+        return None
+    bound = float(theta)
+    of_current = steps_like(current)
+    grad, current = in_order_of(of_current, grad), in_order_of(of_current, current)
+    sums = torch.empty(-(-current[0].numel() // BLOCK), 2, dtype=torch.float64)
+    pointers = [tensor.data_ptr() for tensor in (grad, current, of_current, sums)]
+    sizes = (current[0].numel(), grad.stride(0), current.stride(0), of_current.stride(0), len(current))
+    half, threads = current.dtype == torch.bfloat16, _threads(of_current)
+    library.time_gradient(*pointers, bound, float(v0) * bound, *sizes, half, threads)
+    of_theta, of_start = sums.sum(0).float()
+    return of_current, of_theta.reshape(theta.shape), (of_start * bound).reshape(v0.shape)
 
 
 def _for_training(z: Tensor, theta: Tensor, v0: Tensor | float = 0.0) -> Any:
@@ -198,7 +220,8 @@ def load(cc: str) -> Any:
         library.ones.argtypes = [place] * 2 + [size, flag]
         library.staircase.argtypes = [place] * 2 + [number] * 4 + [size, flag, flag]
         library.rate_gradient.argtypes = [place] * 5 + [number] * 2 + [size, flag, flag]
-        for function in (library.fire, library.ones, library.staircase, library.rate_gradient):
+        library.time_gradient.argtypes = [place] * 4 + [number] * 2 + [size] * 5 + [flag] * 2
+        for function in (library.fire, library.ones, library.staircase, library.rate_gradient, library.time_gradient):
             function.restype = None
         return library
     raise OSError(f"the C compiler {cc} failed ({errors[-1]})")

@@ -16,6 +16,16 @@ def is_dense(step: Tensor) -> bool:
     return True
 
 
+def steps_like(current: Tensor) -> Tensor:
+    """A new tensor of the shape of `current` [T, N, ...], each step in the memory order of the first, one after the other.
+
+    >>> steps_like(torch.zeros(1, 2).expand(4, 1, 2)).stride()
+    (2, 2, 1)
+    """
+    step = torch.empty_like(current[0])
+    return torch.empty_strided(current.shape, (step.numel(), *step.stride()), dtype=current.dtype, device=current.device)
+
+
 def in_order_of(like: Tensor, values: Tensor) -> Tensor:
     """`values` [T, N, ...] with every step in the memory order of `like`'s: itself where it is already."""
     pairs = zip(like.shape[1:], like.stride()[1:], values.stride()[1:], strict=True)

@@ -210,6 +210,15 @@ INLINE void gradients(const backward *k, int64_t at, int64_t bytes, const int ha
     *of_start += grad * ones_where(under & (z > k->below));
 }
 
+INLINE void write_sums(double *sums, vector first, vector second)
+{
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < LANES; i++) {
+        sums[0] += first[i];
+        sums[1] += second[i];
+    }
+}
+
 /* the sums go to sums[2*b] and sums[2*b + 1] for block b of the neurons, so that threads do not change them */
 void rate_gradient(const void *grad, const void *z, const void *rate, void *grad_z, double *sums, float theta, float below,
                    int64_t size, int half, int threads)
@@ -228,13 +237,63 @@ void rate_gradient(const void *grad, const void *z, const void *rate, void *grad
                 gradients(&k, at, 4 * LANES, 0, &of_theta, &of_start);
         if (at < end)
             gradients(&k, at, 4 * (end - at), half, &of_theta, &of_start);
-        double first = 0, second = 0;
-        for (int i = 0; i < LANES; i++) {
-            first += of_theta[i];
-            second += of_start[i];
-        }
-        sums[2 * (block / BLOCK)] = first;
-        sums[2 * (block / BLOCK) + 1] = second;
+        write_sums(sums + 2 * (block / BLOCK), of_theta, of_start);
+    }
+}
+
+/* The same neurons with gradients: grad is that of theta*s(t), grad_current takes that of the currents. A spike has the gradient
+   1/theta where |v - theta| < theta/2, and the reset takes from the membrane what it sends: a gradient counts in such a step, and
+   passes through all others. near: of each step whether it is one. */
+#define LONGEST 256
+
+typedef struct {
+    const void *grad, *current;
+    void *grad_current;
+    float theta, start;
+    int64_t step_grad, step_current, step, steps;
+} timed;
+
+INLINE void through_time(const timed *k, int64_t at, int64_t bytes, const int half, vector *of_theta, vector *of_start)
+{
+    const vector theta = (vector){0} + k->theta;
+    const float low = 0.5f * k->theta, high = 1.5f * k->theta;
+    vector v = (vector){0} + k->start, gone = {0}, charge = {0}, sum = {0};
+    mask near[LONGEST];
+    for (int64_t t = 0; t < k->steps; t++) {
+        v += take(k->current, t * k->step_current + at, bytes, half);
+        near[t] = (v > low) & (v < high);
+        const vector sent = ones_where(v >= theta) * theta;
+        sum += sent * take(k->grad, t * k->step_grad + at, bytes, half);
+        v -= sent;
+    }
+    for (int64_t t = k->steps - 1; t >= 0; t--) {
+        gone = replaced(gone, near[t], take(k->grad, t * k->step_grad + at, bytes, half));
+        put(k->grad_current, t * k->step + at, bytes, half, gone);
+        charge += gone * take(k->current, t * k->step_current + at, bytes, half);
+    }
+    *of_theta += sum - charge;
+    *of_start += gone;
+}
+
+/* sums as of rate_gradient; `size` neurons, whose T steps lie so many numbers apart */
+void time_gradient(const void *grad, const void *current, void *grad_current, double *sums, float theta, float start,
+                   int64_t size, int64_t step_grad, int64_t step_current, int64_t step, int64_t steps, int half, int threads)
+{
+    const timed k = {grad, current, grad_current, theta, start, step_grad, step_current, step, steps};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < size; block += BLOCK) {
+        const int64_t end = size - block < BLOCK ? size : block + BLOCK;
+        vector of_theta = {0}, of_start = {0};
+        int64_t at = block;
+        if (half)
+            for (; at + LANES <= end; at += LANES)
+                through_time(&k, at, 4 * LANES, 1, &of_theta, &of_start);
+        else
+            for (; at + LANES <= end; at += LANES)
+                through_time(&k, at, 4 * LANES, 0, &of_theta, &of_start);
+        if (at < end)
+            through_time(&k, at, 4 * (end - at), half, &of_theta, &of_start);
+        write_sums(sums + 2 * (block / BLOCK), of_theta, of_start);
     }
 }
 

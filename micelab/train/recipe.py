@@ -92,7 +92,7 @@ class JointConfig(Recipe):
 
     time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
     the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
-    potential penalty.
+    potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`).
     """
 
     epochs: int = 10
@@ -105,6 +105,7 @@ class JointConfig(Recipe):
     teacher: str | None = None
     penalty: float = 0.0
     max_norm: float = 1.0
+    gradient: Literal["rates", "time"] = "rates"
 
     def ranges(self) -> dict[str, bool]:
         steps = self.time_steps
@@ -113,7 +114,25 @@ class JointConfig(Recipe):
             "distill": 0 <= self.distill < math.inf,
             "penalty": 0 <= self.penalty < math.inf,
             "max_norm": 0 < self.max_norm < math.inf,
+            "gradient": self.gradient in ("rates", "time"),
         }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient == "time" and self.penalty:
+            raise InputError("--penalty goes with the gradient of the rates: leave it out, or leave out --gradient time")
+
+
+@dataclass(frozen=True)
+class ThroughTimeConfig(JointConfig):
+    """Stage 2 with the gradient of every spike, which is true enough for the recipe of stage 1: SGD with Nesterov momentum."""
+
+    lr: float = 0.05
+    weight_decay: float = 1e-4
+    theta_lr: float = 0.1
+    warmup_epochs: float = 1.0
+    max_norm: float = 5.0
+    gradient: Literal["rates", "time"] = "time"
 
 
 @dataclass(frozen=True)
@@ -154,7 +173,8 @@ def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
         raise InputError(f"--recipe {name} is unknown: choose {', '.join(RECIPES)}")
     named = RECIPES[name] if name is not None else Named({}, {"epochs": 60}, {})
     if joint:
-        return JointConfig(**named.both | named.joint | given)
+        kind = ThroughTimeConfig if given.get("gradient") == "time" else JointConfig
+        return kind(**named.both | named.joint | given)
     words = named.both | named.first | given
     words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
     if words.get("activation") in ("relu", "clip"):
