@@ -212,9 +212,9 @@ def fresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MICELAB_COMPILE", raising=False)
-    compiled.shared_library.cache_clear()
+    compiled._shared_library.cache_clear()
     yield tmp_path
-    compiled.shared_library.cache_clear()
+    compiled._shared_library.cache_clear()
 
 
 def spikes_of(snn: SpikingNetwork):
@@ -234,7 +234,7 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
     torch.manual_seed(0)
     snn = convert(resnet20(width=4), "max", torch.rand(2, 3, 16, 16))
     expected = spikes_of(snn)
-    compiled.shared_library.cache_clear()
+    compiled._shared_library.cache_clear()
     caplog.clear()
     place = fresh / "cc"
     if script is not None:
@@ -261,7 +261,7 @@ def test_a_neuron_that_gives_other_numbers_is_not_used(fresh, monkeypatch, caplo
 def test_the_compiled_neuron_is_kept_and_made_once(fresh, monkeypatch):
     assert compiled.shared_library() is not None
     assert len(list((fresh / "micelab").glob("neuron-*.so"))) == 1
-    compiled.shared_library.cache_clear()
+    compiled._shared_library.cache_clear()
 
     def never(*_, **__):
         raise AssertionError("it was compiled again")

@@ -203,7 +203,11 @@ def test_a_training_step_in_bf16_convolves_in_it_and_keeps_its_gradients_in_fp32
     assert seen == {("cuda", torch.bfloat16)}
 
 
-@pytest.mark.parametrize("options", [{}, {"distill": 1.0, "penalty": 0.1}], ids=["plain", "distillation and penalty"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"distill": 1.0, "penalty": 0.1}, {"gradient": "time"}],
+    ids=["plain", "distillation and penalty", "through time"],
+)
 def test_a_joint_training_step_runs_its_spikes_on_the_device(options, tmp_path):
     config = JointConfig(epochs=1, batch_size=4, time_steps=(4,), **options)
     data, model = small_data(), micelab.resnet20(num_classes=2, width=8, activation="quant_clip")

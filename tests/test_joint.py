@@ -1,4 +1,4 @@
-"""Joint training: the spikes of the simulator forward, the gradient of the rates backward, and runs that survive."""
+"""Joint training: the spikes of the simulator forward, the gradient of rates or spikes backward, and runs that survive."""
 
 import copy
 import json
@@ -19,7 +19,8 @@ from micelab.data import Split, load_data
 from micelab.exceptions import ConversionError, InputError, TrainingError
 from micelab.joint import prepare
 from micelab.joint.loop import SpikesInTheLoop, residual_penalty
-from micelab.train.recipe import JointConfig, TrainConfig
+from micelab.joint.through_time import SpikesThroughTime
+from micelab.train.recipe import JointConfig, ThroughTimeConfig, TrainConfig, choose
 from micelab.train.run import Run
 
 
@@ -76,14 +77,15 @@ NETWORKS = {
 }
 
 
+@pytest.mark.parametrize("kind", [SpikesInTheLoop, SpikesThroughTime])
 @pytest.mark.parametrize("time_steps", [1, 2, 5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_forward_pass_is_the_simulation(name, time_steps):
+def test_the_forward_pass_is_the_simulation(name, time_steps, kind):
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
     images = torch.rand(6, *shape)
     net = settled(prepare(make(), time_steps), images)
-    logits, _ = SpikesInTheLoop(net)(images, time_steps)
+    logits, _ = kind(net)(images, time_steps)
     simulated = micelab.convert(net, "mice").simulate(images, time_steps).logits[-1]
     torch.testing.assert_close(logits, simulated, rtol=1e-4, atol=1e-5)
 
@@ -203,6 +205,32 @@ def test_on_the_digits_joint_training_wins_five_points_at_two_steps(digits, stag
     assert after >= before + 0.05
 
 
+@pytest.mark.slow
+def test_on_the_digits_the_gradient_of_every_spike_wins_five_points_at_two_steps(digits, stage1, tmp_path):
+    net, _ = stage1
+    before = micelab.accuracy_curve(micelab.convert(net, "qcfs"), digits.test.batches(), (2,)).at(2)
+    config = ThroughTimeConfig(time_steps=(2,), epochs=10, batch_size=64)
+    trained = joint.train(config, tmp_path, digits, model=net, progress=False)
+    after = micelab.accuracy_curve(micelab.convert(trained, "mice"), digits.test.batches(), (2,)).at(2)
+    assert after >= before + 0.05
+    assert json.loads((tmp_path / "model.json").read_text())["recipe"]["gradient"] == "time"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_through_time_every_parameter_learns_and_batch_norm_sees_every_step(name):
+    torch.manual_seed(4)
+    make, shape = NETWORKS[name]
+    images = torch.rand(6, *shape)
+    net = settled(prepare(make(), 3), images).train()
+    seen = {}
+    for path, module in net.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.register_forward_pre_hook(lambda module, args, path=path: seen.__setitem__(path, len(args[0])))
+    SpikesThroughTime(net)(images, 3).logits.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in net.named_parameters() if "norm" not in name)
+    assert len(images) * 3 in seen.values()
+
+
 def test_one_network_for_every_t_meets_each_of_them(few, stage1, tmp_path, monkeypatch):
     seen, whole = set(), SpikesInTheLoop.forward
 
@@ -220,8 +248,9 @@ def test_one_network_for_every_t_meets_each_of_them(few, stage1, tmp_path, monke
     assert net.spec["levels"] == 4
 
 
-def test_a_stopped_run_resumes_bit_for_bit(few, stage1, tmp_path, monkeypatch):
-    config = JointConfig(time_steps=(1, 2), epochs=3, batch_size=32, distill=0.5, penalty=0.1, start=stage1[1])
+@pytest.mark.parametrize(("kind", "own"), [(JointConfig, {"penalty": 0.1}), (ThroughTimeConfig, {})])
+def test_a_stopped_run_resumes_bit_for_bit(kind, own, few, stage1, tmp_path, monkeypatch):
+    config = kind(time_steps=(1, 2), epochs=3, batch_size=32, distill=0.5, start=stage1[1], **own)
     whole = joint.train(config, tmp_path / "whole", few)
     one_step, calls = Run._one_step, []
 
@@ -312,11 +341,20 @@ def test_a_number_of_steps_that_cannot_be_is_refused(time_steps):
         ("penalty", float("nan")),
         ("max_norm", 0.0),
         ("lr", 0.0),
+        ("gradient", "space"),
     ],
 )
 def test_an_option_out_of_its_range_is_named_as_it_is_typed(option, value):
     with pytest.raises(InputError, match=f"^--{option.replace('_', '-')} is .* out of range"):
         JointConfig(**{option: value})
+
+
+def test_the_gradient_of_every_spike_has_a_recipe_of_its_own_and_no_penalty():
+    config = choose("cifar10-a", True, {"gradient": "time", "time_steps": (2,)})
+    assert isinstance(config, ThroughTimeConfig)
+    assert (config.lr, config.weight_decay, config.start) == (0.05, 1e-4, "resnet20a-cifar10-qcfs")
+    with pytest.raises(InputError, match="--penalty goes with the gradient of the rates"):
+        choose(None, True, {"gradient": "time", "penalty": 1.0})
 
 
 def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):

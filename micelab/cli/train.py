@@ -42,10 +42,12 @@ def train(
     theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="[128]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1; joint: 0.001 (Adam); --gradient time: 0.05].")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0; --gradient time: 0.0001]")] = None,
-    theta_lr: Annotated[float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1; --gradient time: 0.1].")] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1; --gradient time: 1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1; joint: 0.001; through time: 0.05].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="[0.0005; joint: 0; through time: 0.0001]")] = None,
+    theta_lr: Annotated[
+        float | None, typer.Option(min=0, help="Rate of bounds, as a share of --lr [0.1; joint: 1; through time: 0.1].")
+    ] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="[1; joint: 0.1; through time: 1]")] = None,
     label_smoothing: Annotated[float | None, typer.Option(min=0, help="[0]")] = None,
     augment: Annotated[
         str | None, typer.Option(help="none, standard (crop, flip) [that], cutout, or auto (AutoAugment too).")
@@ -56,7 +58,7 @@ def train(
         str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
     ] = None,
     gradient: Annotated[
-        str | None, typer.Option(help="Joint: rates, of the spike counts [that], or time, of every spike (T times an ANN's cost).")
+        str | None, typer.Option(help="Joint: rates, of the spike counts [that], or time, through time (T times an ANN's cost).")
     ] = None,
     distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,

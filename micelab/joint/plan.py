@@ -41,7 +41,7 @@ class Plan:
 
 def scale_gradients(module: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """log(theta) and v0 of an activation with input z [N, ...]: the same numbers, their gradients divided by the root of the
-    number of neurons that share them. Every neuron adds to these gradients; unscaled, they run away (LSQ, Esser et al., ICLR 2020).
+    number of neurons that share them. Every neuron adds to these; unscaled, they run away (LSQ, Esser et al., ICLR 2020).
     """
     scale = (z[0].numel() / max(1, module.log_theta.numel())) ** -0.5
     log_theta, v0 = (value * scale + (value * (1 - scale)).detach() for value in (module.log_theta, module.v0))

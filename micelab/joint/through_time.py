@@ -2,8 +2,8 @@
 
 The gradient of the rates (micelab.joint.loop) knows how many spikes a neuron sends, not when. This one follows the membrane:
 v(t) = v(t-1) - theta*s(t-1) + I(t) is differentiated as it stands, and only the spike s(t) = 1 where v(t) >= theta has a gradient
-put in its place: ds/dv = 1/theta where |v - theta| < theta/2, else 0. So the charge of a current passes on from step to step until
-it meets a membrane near its threshold, and counts there, once. For T = 1 and v0 = 1/2 that is the gradient of the rates.
+put in its place: ds/dv = 1/theta where |v - theta| < theta/2, else 0. So the charge of a current passes on from step to step
+until it meets a membrane near its threshold, and counts there, once. For T = 1 and v0 = 1/2 that is the gradient of the rates.
 
 Back-propagation through time with a rectangular surrogate: Wu et al., Frontiers in Neuroscience 12:331, 2018; the reset is not
 detached. A step costs T times one of an ANN, and batch-norm takes its statistics over all T steps (Zheng et al., AAAI 2021).

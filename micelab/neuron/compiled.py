@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPI
 BLOCK = 4096
 """So many neurons share a sum of gradients, as in neuron.c."""
 
+_ONE_AT_A_TIME = threading.Lock()
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
 
@@ -180,9 +182,14 @@ def _laid_out(value: Tensor, step: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(value.expand_as(like))
 
 
-@cache
 def shared_library() -> Any:
-    """The library of neuron.c, or None where there is none: the log says why, once."""
+    """The library of neuron.c, or None where there is none: the log says why, once, however many threads ask."""
+    with _ONE_AT_A_TIME:
+        return _shared_library()
+
+
+@cache
+def _shared_library() -> Any:
     if os.environ.get("MICELAB_COMPILE") == "0":
         return None
     try:

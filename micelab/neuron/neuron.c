@@ -219,26 +219,29 @@ INLINE void write_sums(double *sums, vector first, vector second)
     }
 }
 
-/* the sums go to sums[2*b] and sums[2*b + 1] for block b of the neurons, so that threads do not change them */
+/* `some` for `size` neurons; the two sums of block b go to sums[2*b] and sums[2*b + 1], so that threads do not change them */
+#define IN_BLOCKS(some, k)                                                                                             \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")                                 \
+    for (int64_t block = 0; block < size; block += BLOCK) {                                                            \
+        const int64_t end = size - block < BLOCK ? size : block + BLOCK;                                               \
+        vector first = {0}, second = {0};                                                                              \
+        int64_t at = block;                                                                                            \
+        if (half)                                                                                                      \
+            for (; at + LANES <= end; at += LANES)                                                                     \
+                some(k, at, 4 * LANES, 1, &first, &second);                                                            \
+        else                                                                                                           \
+            for (; at + LANES <= end; at += LANES)                                                                     \
+                some(k, at, 4 * LANES, 0, &first, &second);                                                            \
+        if (at < end)                                                                                                  \
+            some(k, at, 4 * (end - at), half, &first, &second);                                                        \
+        write_sums(sums + 2 * (block / BLOCK), first, second);                                                         \
+    }
+
 void rate_gradient(const void *grad, const void *z, const void *rate, void *grad_z, double *sums, float theta, float below,
                    int64_t size, int half, int threads)
 {
     const backward k = {grad, z, rate, grad_z, theta, below};
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t block = 0; block < size; block += BLOCK) {
-        const int64_t end = size - block < BLOCK ? size : block + BLOCK;
-        vector of_theta = {0}, of_start = {0};
-        int64_t at = block;
-        if (half)
-            for (; at + LANES <= end; at += LANES)
-                gradients(&k, at, 4 * LANES, 1, &of_theta, &of_start);
-        else
-            for (; at + LANES <= end; at += LANES)
-                gradients(&k, at, 4 * LANES, 0, &of_theta, &of_start);
-        if (at < end)
-            gradients(&k, at, 4 * (end - at), half, &of_theta, &of_start);
-        write_sums(sums + 2 * (block / BLOCK), of_theta, of_start);
-    }
+    IN_BLOCKS(gradients, &k)
 }
 
 /* The same neurons with gradients: grad is that of theta*s(t), grad_current takes that of the currents. A spike has the gradient
@@ -275,26 +278,12 @@ INLINE void through_time(const timed *k, int64_t at, int64_t bytes, const int ha
     *of_start += gone;
 }
 
-/* sums as of rate_gradient; `size` neurons, whose T steps lie so many numbers apart */
+/* the T steps of the `size` neurons lie so many numbers apart */
 void time_gradient(const void *grad, const void *current, void *grad_current, double *sums, float theta, float start,
                    int64_t size, int64_t step_grad, int64_t step_current, int64_t step, int64_t steps, int half, int threads)
 {
     const timed k = {grad, current, grad_current, theta, start, step_grad, step_current, step, steps};
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t block = 0; block < size; block += BLOCK) {
-        const int64_t end = size - block < BLOCK ? size : block + BLOCK;
-        vector of_theta = {0}, of_start = {0};
-        int64_t at = block;
-        if (half)
-            for (; at + LANES <= end; at += LANES)
-                through_time(&k, at, 4 * LANES, 1, &of_theta, &of_start);
-        else
-            for (; at + LANES <= end; at += LANES)
-                through_time(&k, at, 4 * LANES, 0, &of_theta, &of_start);
-        if (at < end)
-            through_time(&k, at, 4 * (end - at), half, &of_theta, &of_start);
-        write_sums(sums + 2 * (block / BLOCK), of_theta, of_start);
-    }
+    IN_BLOCKS(through_time, &k)
 }
 
 /* bytes[i] = 1 where values[i] is not 0 */
