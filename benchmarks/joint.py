@@ -21,13 +21,12 @@ import torch
 
 import micelab
 from micelab.checkpoint import write_whole
-from micelab.joint import prepare
-from micelab.joint.loop import SpikesInTheLoop
+from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
 from micelab.machine import machine
 
 
 def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
-    """A forward and backward pass of each kind, without the optimizer: ReLU, quantized clip, and joint at several T."""
+    """A forward and backward pass of each kind, without the optimizer: ReLU, quantized clip, and both joint ones at several T."""
     layout: Any = {"memory_format": torch.channels_last}
     images = torch.rand(batch_size, 3, 32, 32).contiguous(**layout)
 
@@ -44,9 +43,10 @@ def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
     for activation in ("relu", "quant_clip"):
         ann = micelab.resnet20(activation=activation).to(**layout).train()
         found[activation] = step(ann, lambda ann=ann: ann(images))
-    for t in (1, 2, 4, 8):
-        loop = SpikesInTheLoop(prepare(micelab.resnet20(activation="quant_clip", theta=1.0), t).to(**layout)).train()
-        found[f"joint T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
+    for kind, name, times in ((SpikesInTheLoop, "joint", (1, 2, 4, 8)), (SpikesThroughTime, "through time", (1, 2, 4))):
+        for t in times:
+            loop = kind(prepare(micelab.resnet20(activation="quant_clip", theta=1.0), t).to(**layout)).train()
+            found[f"{name} T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
     return found
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: value / medians["quant_clip"] for name, value in medians.items()}
     for name, ratio in ratios.items():
-        print(f"{name:12s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
+        print(f"{name:16s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
     if options.out:
         words = {"command": shlex.join(["python", "benchmarks/joint.py", *sys.argv[1:]]), "machine": machine()}
         words |= {"batch_size": options.batch_size, "precision": options.precision, "repeat": options.repeat}

@@ -30,6 +30,9 @@ from micelab.network.folded import TimeFolded, largest_layer
 from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron.firing import fire
 
+STEPS_BUDGET = 4 * CACHE_BUDGET
+"""Bytes that the T steps of the largest layer may take at a time: small chunks save memory; larger ones are as fast or faster."""
+
 
 class SpikesInTheLoop(nn.Module):
     """Runs `model` (of `micelab.joint.prepare`) with true spikes forward and the gradient of its rates backward.
@@ -55,14 +58,14 @@ class SpikesInTheLoop(nn.Module):
         return JointPass(logits, torch.stack(mean.penalties).mean() if penalize else logits.new_zeros(()))
 
     def _chunk(self, images: Tensor, time_steps: int) -> int:
-        """How many images' T steps go through a cache together: as many as the largest layer has room for in the budget."""
+        """How many images' T steps go from one activation to the next together: as many as the largest layer has room for."""
         if images.device.type != "cpu":
             return len(images)
         shape = tuple(images.shape[1:])
         if shape not in self._largest:  # of a copy, which may change its batch statistics
             self._largest[shape] = largest_layer(copy.deepcopy(self._plan.traced).eval(), images[:1])
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
-        return max(1, CACHE_BUDGET // (self._largest[shape] * time_steps * dtype.itemsize))
+        return max(1, STEPS_BUDGET // (self._largest[shape] * time_steps * dtype.itemsize))
 
 
 class _Steps(TimeFolded):
@@ -151,7 +154,7 @@ class _Mean(LayerRunner):
 
     @torch.no_grad()
     def _catch_up(self) -> None:
-        """Takes the steps through the layers that wait, up to the activation: chunk by chunk, so that they stay in the cache."""
+        """Takes the steps through the layers that wait, up to the activation, chunk by chunk."""
         for steps in self.steps:
             for n in self.waiting:
                 if n in self.later:
