@@ -80,13 +80,15 @@ def test_a_jointly_trained_card_tells_its_t_its_stages_and_that_no_step_is_hidde
     card = micelab.load(name, CHECKPOINTS).card
     assert card["recipe"]["time_steps"] == [time_steps]
     assert stages(card)[0]["recipe"]["network"] == "resnet20"  # stage 1 comes first
-    for number, stage in enumerate(stages(card)):  # every start is shipped, or is what a command before it wrote
+    for number, stage in enumerate(stages(card)):  # every start is shipped, or is what a command before it wrote; none itself
         start = stage["recipe"].get("start")
         before = [f"{word}/model.safetensors" for earlier in stages(card)[:number] for word in earlier["command"].split()]
+        assert start != name
         assert not start or (CHECKPOINTS / f"{start}.json").exists() or start in before
     assert card["hidden_steps"] == 0
     assert card["test_accuracy"] == card["test_accuracy_by_time_steps"][str(time_steps)]
-    assert card["command"].startswith(f"micelab train --joint --time-steps {time_steps} --dataset {data_of(name)}")
+    gradient = " --gradient time" if card["recipe"].get("gradient") == "time" else ""
+    assert card["command"].startswith(f"micelab train --joint{gradient} --time-steps {time_steps} --dataset {data_of(name)}")
     for stage in stages(card):
         assert "/work" not in stage["command"]
 
