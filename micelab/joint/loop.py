@@ -31,7 +31,7 @@ from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron.firing import fire
 
 STEPS_BUDGET = 4 * CACHE_BUDGET
-"""Bytes that the T steps of the largest layer may take at a time: small chunks save memory; larger ones are as fast or faster."""
+"""Bytes that the T steps of the largest layer may take at a time. Smaller chunks save memory, but no time in training."""
 
 
 class SpikesInTheLoop(nn.Module):

@@ -40,9 +40,13 @@ OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPI
 BLOCK = 4096
 """So many neurons share a sum of gradients, as in neuron.c."""
 
-_ONE_AT_A_TIME = threading.Lock()
+LONGEST = 256
+"""More steps than that the kernel of `time_gradient` has no room for, as in neuron.c."""
+
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def fire(
@@ -110,10 +114,6 @@ def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: 
     library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, _threads(z))
     of_theta, of_start = sums.sum(0).float()
     return grad_z, of_theta, of_start
-
-
-LONGEST = 256
-"""More steps than that the kernel of `time_gradient` has no room for, as in neuron.c."""
 
 
 def time_gradient(grad: Tensor, current: Tensor, theta: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

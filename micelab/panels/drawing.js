@@ -4,10 +4,6 @@
 
 const MESSAGES = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"];
 const LOADED = Symbol.for("micelab.plotly");
-// After such a change a view of plotly goes through the whole figure for what the kernel cannot know yet and sends it back:
-// a fifth of the time of a move, and no panel reads it. This report begins by asking for the figure as the kernel knows it.
-const REPORTED = { _py2js_update: "style_traces", _py2js_restyle: "restyle_traces" };
-const REPORT = Symbol("the report to the kernel begins");
 
 function plotly(model) {
   window[LOADED] ??= (async () => {
@@ -24,23 +20,14 @@ function plotly(model) {
 
 export default () => {
   const waiting = []; // messages that came before plotly's code
-  const heard = []; // [event, what plotly does upon it, whether that is a view], of the model and of each view
+  const heard = []; // [event, what plotly does upon it], of the model and of each view
   let now = {}; // the message that is being applied
-  let drawn = false; // whether a view applies it, and has nothing left to do but its report
   let figure = null; // plotly's side, once loaded
 
   function apply(name, message) {
     now = { [name]: message };
-    for (const [event, act, view] of [...heard]) {
-      if (event !== `change:${name}`) continue;
-      drawn = view && Boolean(message[REPORTED[name]]);
-      try {
-        act();
-      } catch (error) {
-        if (error !== REPORT) throw error;
-      }
-    }
-    [now, drawn] = [{}, false];
+    for (const [event, act] of [...heard]) if (event === `change:${name}`) act();
+    now = {};
   }
 
   return {
@@ -58,19 +45,15 @@ export default () => {
     async render({ model, el }) {
       const make = await plotly(model);
       const seen = {
-        get(name) {
-          if (drawn && name === "_widget_data") throw REPORT;
-          return name in now ? now[name] : model.get(name);
-        },
+        get: (name) => (name in now ? now[name] : model.get(name)),
         set: (name, value) => model.set(name, value),
         save_changes: () => model.save_changes(),
-        on: (event, act) => heard.push([event, act, Boolean(figure)]),
+        on: (event, act) => heard.push([event, act]),
       };
       const first = !figure;
       if (first) {
-        const plot = make();
-        plot.initialize({ model: seen });
-        figure = plot;
+        figure = make();
+        figure.initialize({ model: seen });
       }
       const before = new Set(heard);
       const remove = figure.render({ model: seen, el });
