@@ -1,13 +1,19 @@
 """The gradient of every spike: against automatic differentiation, in the compiled kernel and in the loop, and in networks."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import micelab
 from micelab.activation import over_channels, straight_through
-from micelab.joint.through_time import spikes_through_time, time_gradient
+from micelab.joint import prepare, through_time
+from micelab.joint.through_time import SpikesThroughTime, normed_spikes, spikes_through_time, time_gradient
 from micelab.neuron import compiled
+from micelab.neuron.normed import NormedNeurons
 
 
 class Spike(torch.autograd.Function):
@@ -117,3 +123,143 @@ def test_at_one_step_it_is_the_straight_through_gradient():
     wanted = gradients(lambda z, log_theta, v0: straight_through(z, rate, log_theta, v0, 1), z[0], log_theta, half, grad[0])
     torch.testing.assert_close(found[1][0], wanted[1])
     torch.testing.assert_close(found[2], wanted[2])
+
+
+def normed(z, norm, log_theta, v0, steps, plus=None, constant=False):
+    """Batch-norm, then the neurons, left to autograd. The statistics have torch's gradient and, to 1e-5, its value; to the last
+    digit they are those of the pass, so that no spike flips."""
+    found = NormedNeurons(z.detach(), None, 1.0, 0.5, steps, constant).moments(norm.running_mean)
+    norm(z)  # for the running statistics
+    dims = [0, 2, 3]
+    statistics = []
+    for value, true in zip(found, (z.mean(dims), z.var(dims, correction=0)), strict=True):
+        torch.testing.assert_close(value, true.detach(), rtol=1e-5, atol=1e-6)
+        statistics.append(value + (true - true.detach()))
+    scale = norm.weight * (statistics[1] + norm.eps).rsqrt()
+    current = z * scale.view(-1, 1, 1) + (norm.bias - statistics[0] * scale).view(-1, 1, 1)
+    current = current if plus is None else current + plus
+    current = current.expand(steps, *current.shape) if constant else current.unflatten(0, (steps, -1))
+    return spikes_through_time(current, log_theta, v0).flatten(0, 1)
+
+
+def with_batch_norm(function, z, plus, grad, steps, constant, momentum=0.1):
+    norm = nn.BatchNorm2d(z.shape[1], momentum=momentum)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, z.shape[1]))
+        norm.bias.copy_(torch.linspace(-0.3, 0.8, z.shape[1]))
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in (z, plus)]
+    log_theta, v0 = (torch.tensor(value, requires_grad=True) for value in (0.1, 0.4))
+    out = function(leaves[0], norm, log_theta, v0, steps, leaves[1], constant)
+    out.backward(grad)
+    parameters = [log_theta, v0, norm.weight, norm.bias]
+    moments = [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    return [out.detach(), *(leaf.grad for leaf in [*leaves, *parameters] if leaf is not None), *moments]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("steps", "channels", "kind"), [(4, 16, "sum"), (3, 48, ""), (8, 64, "sum"), (2, 16, "constant"), (1, 32, "sum")]
+)
+def test_batch_norm_and_neurons_in_one_pass_are_both_in_turn(steps, channels, kind, momentum, threads):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(3)
+    images, constant = 9, kind == "constant"
+    z = (
+        torch.randn(images * (1 if constant else steps), channels, 11, 13)
+        .mul(1.3)
+        .add(0.4)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    plus = torch.rand(steps * images, channels, 11, 13) if kind == "sum" else None
+    grad = torch.randn(steps * images, channels, 11, 13)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = with_batch_norm(normed_spikes, z, plus, grad, steps, constant, momentum)
+    finally:
+        torch.set_num_threads(before)
+    wanted = with_batch_norm(normed, z, plus, grad, steps, constant, momentum)
+    assert torch.equal(found[0], wanted[0])
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert one.shape == other.shape
+        assert (one - other).float().norm() <= 1e-4 * other.float().norm()
+
+
+def test_in_bfloat16_only_what_is_stored_is_rounded():
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(4)
+    z = torch.randn(8, 16, 9, 7).contiguous(memory_format=torch.channels_last).bfloat16()
+    plus, grad = torch.rand(8, 16, 9, 7).bfloat16(), torch.randn(8, 16, 9, 7).bfloat16()
+    found = with_batch_norm(normed_spikes, z, plus, grad, 4, False)
+    wanted = with_batch_norm(normed, z.float(), plus.float(), grad.float(), 4, False)
+    assert torch.equal(found[0], wanted[0].bfloat16())
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert (one - other).float().norm() <= 0.01 * other.float().norm()
+
+
+class Residual(nn.Module):
+    """Sums in both orders, of a batch-norm with its input and with another batch-norm; 20 channels somewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 16), (16, 16), (16, 20), (20, 16)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convs)
+        self.acts = nn.ModuleList(micelab.QuantClip(levels=4, theta=1.5) for _ in self.convs)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.acts[0](self.norms[0](self.convs[0](x)))
+        x = self.acts[1](x + self.norms[1](self.convs[1](x)))
+        y = self.acts[2](self.norms[2](self.convs[2](x)) + x)
+        y = self.acts[3](self.norms[3](self.convs[3](y)))
+        return self.head(self.acts[4](self.norms[4](self.convs[4](y)) + x).mean((2, 3)))
+
+
+def test_a_network_learns_the_same_with_both_in_one_pass(monkeypatch):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(5)
+    start = prepare(Residual(), 3).to(memory_format=torch.channels_last).train()
+    images = torch.rand(6, 3, 11, 11).contiguous(memory_format=torch.channels_last)
+    calls, found = [], []
+
+    def counted(z, *others):
+        calls.append(z.shape[1])
+        return normed_spikes(z, *others)
+
+    monkeypatch.setattr(through_time, "normed_spikes", counted)
+    for suits in (NormedNeurons.suits, lambda *_: False):
+        monkeypatch.setattr(NormedNeurons, "suits", staticmethod(suits))
+        net = copy.deepcopy(start)
+        logits, _ = SpikesThroughTime(net)(images, 3)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    assert calls == [16, 16, 16, 16]  # not the one with 20 channels, and none of the second network
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        (torch.zeros(4, 20, 5, 5).contiguous(memory_format=torch.channels_last), 4),
+        (torch.zeros(4, 16, 5, 5), 4),
+        (torch.zeros(4, 16, 5, 5).contiguous(memory_format=torch.channels_last).double(), 4),
+        (torch.zeros(300, 16, 5, 5).contiguous(memory_format=torch.channels_last), 300),
+        (torch.zeros(4, 16), 4),
+    ],
+    ids=["channels", "layout", "type", "steps", "no space"],
+)
+def test_what_one_pass_cannot_take_goes_the_ordinary_way(values, steps):
+    assert not NormedNeurons.suits(values, steps)
+
+
+def test_a_frozen_batch_norm_goes_the_ordinary_way():
+    z = torch.zeros(4, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    neurons = micelab.QuantClip(levels=4)
+    assert through_time.suits(nn.BatchNorm2d(16), neurons, z, 4) == (compiled.shared_library() is not None)
+    assert not through_time.suits(nn.BatchNorm2d(16).eval(), neurons, z, 4)
+    assert not through_time.suits(nn.BatchNorm2d(16, affine=False), neurons, z, 4)

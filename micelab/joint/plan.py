@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from micelab.graph.affine import BATCH_NORMS, CONVOLUTIONS
@@ -34,6 +36,20 @@ class Plan:
                 if foldable and len(source.users) == 1:
                     self.weighted[node] = self.module(source)
         self.folded = {node.args[0] for node in self.weighted}
+        self.normed: dict[fx.Node, fx.Node] = {}  # batch-norm -> the sum, or activation, that alone reads it
+        for node in traced.graph.nodes:
+            if is_activation(traced, node) and (found := self._norm_before(node)):
+                self.normed[found[0]] = found[1]
+
+    def _norm_before(self, activation: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The batch-norm whose output the activation takes, alone or plus another current, and the node that reads it."""
+        source: Any = activation.args[0]
+        adds = source.target in (operator.add, torch.add) and len(source.all_input_nodes) == len(source.args) == 2
+        single = adds and not source.kwargs and len(source.users) == 1
+        for node, reader in [(node, source) for node in source.all_input_nodes] if single else [(source, activation)]:
+            if node.op == "call_module" and isinstance(self.module(node), BATCH_NORMS) and len(node.users) == 1:
+                return node, reader
+        return None
 
     def module(self, node: fx.Node) -> Any:
         return self.traced.get_submodule(str(node.target))

@@ -37,6 +37,9 @@ COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 """`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
 
+_TRAINING = ("staircase", "rate_gradient", "time_gradient", "batch_moments", "normed_fire", "normed_gradient", "of_channels")
+FUNCTIONS = ("fire", "ones", *_TRAINING)
+
 BLOCK = 4096
 """So many neurons share a sum of gradients, as in neuron.c."""
 
@@ -83,7 +86,7 @@ def as_bytes(values: Tensor) -> Tensor:
     if library is None or values.dtype != torch.float32 or not is_dense(values):
         return values.ne(0).view(torch.uint8)
     made = torch.empty_like(values, dtype=torch.uint8)
-    library.ones(values.data_ptr(), made.data_ptr(), values.numel(), _threads(values))
+    library.ones(values.data_ptr(), made.data_ptr(), values.numel(), threads_for(values))
     return made
 
 
@@ -97,7 +100,7 @@ def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tens
         return None
     rate, bound = torch.empty_like(z), theta.detach()
     scales = (float(levels / bound), float(v0), float(levels), float(bound / levels))
-    library.staircase(z.data_ptr(), rate.data_ptr(), *scales, z.numel(), z.dtype == torch.bfloat16, _threads(z))
+    library.staircase(z.data_ptr(), rate.data_ptr(), *scales, z.numel(), z.dtype == torch.bfloat16, threads_for(z))
     return rate
 
 
@@ -111,7 +114,7 @@ def rate_gradient(grad: Tensor, z: Tensor, rate: Tensor, theta: Tensor, levels: 
     sums = torch.empty(-(-z.numel() // BLOCK), 2, dtype=torch.float64)
     values = (in_order_of(z[None], grad[None]), z, in_order_of(z[None], rate[None]), grad_z, sums)
     pointers = [tensor.data_ptr() for tensor in values]
-    library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, _threads(z))
+    library.rate_gradient(*pointers, bound, -bound / levels, z.numel(), z.dtype == torch.bfloat16, threads_for(z))
     of_theta, of_start = sums.sum(0).float()
     return grad_z, of_theta, of_start
 
@@ -128,7 +131,7 @@ def time_gradient(grad: Tensor, current: Tensor, theta: Tensor, v0: Tensor) -> t
     sums = torch.empty(-(-current[0].numel() // BLOCK), 2, dtype=torch.float64)
     pointers = [tensor.data_ptr() for tensor in (grad, current, of_current, sums)]
     sizes = (current[0].numel(), grad.stride(0), current.stride(0), of_current.stride(0), len(current))
-    half, threads = current.dtype == torch.bfloat16, _threads(of_current)
+    half, threads = current.dtype == torch.bfloat16, threads_for(of_current)
     library.time_gradient(*pointers, bound, float(v0) * bound, *sizes, half, threads)
     of_theta, of_start = sums.sum(0).float()
     return of_current, of_theta.reshape(theta.shape), (of_start * bound).reshape(v0.shape)
@@ -142,7 +145,8 @@ def _for_training(z: Tensor, theta: Tensor, v0: Tensor | float = 0.0) -> Any:
     return shared_library() if single else None
 
 
-def _threads(values: Tensor) -> int:
+def threads_for(values: Tensor) -> int:
+    """How many threads take these values."""
     return torch.get_num_threads() if values.numel() >= ALONE else 1
 
 
@@ -169,7 +173,7 @@ def _call(
         *(current.data_ptr(), None if plus is None else plus.data_ptr(), bound.data_ptr(), start.data_ptr(), out.data_ptr()),
         *(fired.data_ptr() if count else None, residual.data_ptr(), step.numel()),
         *(current.stride(0), 0 if plus is None else plus.stride(0), out.stride(0), bound.numel(), start.numel()),
-        *(len(out), int(signed), int(amplitude), int(out.dtype == torch.bfloat16), _threads(out)),
+        *(len(out), int(signed), int(amplitude), int(out.dtype == torch.bfloat16), threads_for(out)),
     )
     return fired, residual
 
@@ -228,8 +232,12 @@ def load(cc: str) -> Any:
         library.staircase.argtypes = [place] * 2 + [number] * 4 + [size, flag, flag]
         library.rate_gradient.argtypes = [place] * 5 + [number] * 2 + [size, flag, flag]
         library.time_gradient.argtypes = [place] * 4 + [number] * 2 + [size] * 5 + [flag] * 2
-        for function in (library.fire, library.ones, library.staircase, library.rate_gradient, library.time_gradient):
-            function.restype = None
+        library.batch_moments.argtypes = [place] * 3 + [size] * 4 + [flag] * 2
+        library.normed_fire.argtypes = [place] * 5 + [number] * 2 + [size] * 3 + [flag] * 3
+        library.normed_gradient.argtypes = [place] * 9 + [number] * 2 + [size] * 4 + [flag] * 3
+        library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
+        for function in FUNCTIONS:
+            getattr(library, function).restype = None
         return library
     raise OSError(f"the C compiler {cc} failed ({errors[-1]})")
 

@@ -1,0 +1,112 @@
+"""Batch-norm and the integrate-and-fire neurons after it on a CPU in one pass, forward and backward: what training runs.
+
+Batch-norm's output is never written: a neuron's current is an affine function of batch-norm's input. The functions are those
+of `neuron.c` (micelab.neuron.compiled); they know channels that come last in memory, in multiples of 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from micelab.neuron.compiled import LONGEST, shared_library, threads_for
+from micelab.neuron.layout import is_dense
+
+PLACES, ROOM = 1024, 2**16
+"""Neurons that are taken through all steps together, and how many values their steps may be at most."""
+
+
+@dataclass(frozen=True)
+class NormedNeurons:
+    """Neurons whose current is affine in z, by channel, as batch-norm makes it: z*scale + shift (+ plus).
+
+    z: [T*N, C, ...] fp32 or bf16 with the channels last in memory, or, `constant`, [N, C, ...], the same at every step; plus: a
+    second current [T*N, C, ...], only where z is not constant; theta, v0 (in units of theta): one number for all; steps: T.
+    """
+
+    z: Tensor
+    plus: Tensor | None
+    theta: float
+    v0: float
+    steps: int
+    constant: bool
+
+    @staticmethod
+    def suits(z: Tensor, steps: int) -> bool:
+        """Whether such a z can be taken here, by T = `steps` steps."""
+        if type(z) is not Tensor or not z.is_cpu or z.dtype not in (torch.float32, torch.bfloat16) or z.dim() < 3:
+            return False
+        channels_last = z.stride(1) == 1 and z.stride(0) == z[0].numel() and is_dense(z) and z.numel() > 0
+        fits = z.shape[1] % 16 == 0 and z.shape[1] * steps <= ROOM and steps <= LONGEST
+        return channels_last and fits and shared_library() is not None
+
+    @property
+    def _block(self) -> int:
+        channels = self.z.shape[1]
+        return channels * max(1, min(PLACES, ROOM // self.steps) // channels)
+
+    def _places(self, values: Tensor) -> Tensor:
+        """[..., C] values of the channels as values for each neuron of a block."""
+        return values.float().repeat(*[1] * (values.dim() - 1), self._block // values.shape[-1]).contiguous()
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.z.dtype == torch.bfloat16, threads_for(self.z)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """`values` in the memory order and type of z: themselves where they are already."""
+        same = values.dtype == self.z.dtype and values.stride() == self.z.stride()
+        return values if same else self._like_z(values.shape).copy_(values)
+
+    def moments(self, pivot: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and (biased) variance [C] of z; precise where `pivot` [C] is near the mean."""
+        library, z, block, channels = shared_library(), self.z, self._block, self.z.shape[1]
+        pivots, chunk = self._places(pivot), 32 * block
+        sums = torch.empty(-(-z.numel() // chunk), 2, channels)
+        library.batch_moments(*_places_of(z, pivots, sums), z.numel(), chunk, block, channels, *self._sizes())
+        far, square = sums.sum(0, dtype=torch.float64) / (z.numel() // channels)
+        return (pivot + far).float(), (square - far * far).clamp(min=0).float()
+
+    def fire(self, scale: Tensor, shift: Tensor) -> Tensor:
+        """theta*s(t), [T*N, C, ...], for the currents z*scale + shift (+ plus); scale, shift: [C]."""
+        shape = (len(self.z) * (self.steps if self.constant else 1), *self.z.shape[1:])
+        out = self._like_z(shape)
+        patterns = self._places(torch.stack((scale, shift)))
+        neurons = out.numel() // self.steps
+        plus = None if self.plus is None else self.in_order(self.plus)
+        places = _places_of(self.z, plus, out, *patterns)
+        sizes = (neurons, self._block, self.steps, self.constant, *self._sizes())
+        shared_library().normed_fire(*places, self.theta, self.v0 * self.theta, *sizes)
+        return out
+
+    def gradient(self, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the currents (summed over the steps where z is constant), of log(theta) and of v0, for that of
+        theta*s(t); and, [2, C], the sums of the first and of its product with z - mean."""
+        channels, block, out = self.z.shape[1], self._block, torch.empty_like(self.z)
+        neurons = grad.numel() // self.steps
+        blocks = -(-neurons // block)
+        by_channel, sums = torch.empty(blocks, 2, channels), torch.empty(blocks, 2, dtype=torch.float64)
+        patterns = self._places(torch.stack((scale, shift, mean)))
+        grad, plus = self.in_order(grad), None if self.plus is None else self.in_order(self.plus)
+        places = _places_of(grad, self.z, plus, out, *patterns, by_channel, sums)
+        sizes = (neurons, block, channels, self.steps, self.constant, *self._sizes())
+        shared_library().normed_gradient(*places, self.theta, self.v0 * self.theta, *sizes)
+        of_channels, (of_theta, of_start) = by_channel.sum(0, dtype=torch.float64), sums.sum(0)
+        charge = (of_channels[0] * (scale * mean + shift) + of_channels[1] * scale).sum()  # and that of plus, in of_theta
+        return out, (of_theta - charge).float(), of_start.float() * self.theta, of_channels.float()
+
+    def combine(self, of_current: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        """of_current*first + z*second + third, with values [C]; in place of `of_current` unless `plus` wants that."""
+        out = of_current if self.plus is None else torch.empty_like(of_current)
+        patterns = self._places(torch.stack((first, second, third)))
+        places = _places_of(of_current, self.z, out, *patterns)
+        shared_library().of_channels(*places, self.z.numel(), self._block, *self._sizes())
+        return out
+
+    def _like_z(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty_strided(shape, self.z.stride(), dtype=self.z.dtype)
+
+
+def _places_of(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
