@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import resource
 import shlex
 import statistics
@@ -72,8 +73,8 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
 
 
 def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_steps: int, images: int) -> dict[str, Any]:
-    """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; and for how many of
-    them, as a share, the answer is that of fp32."""
+    """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; for how many of them, as a
+    share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
     ways: dict[str, Any] = {"fp32": (snn, "fp32")}
     ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
@@ -89,9 +90,41 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     found = {}
     for name, parts in answers.items():
         answer = torch.cat(parts)
-        row = {"accuracy": float((answer == right).double().mean()), "same_as_fp32": float((answer == exact).double().mean())}
-        found[name] = {key: round(value, 4) for key, value in row.items()}
+        shares = {"accuracy": answer == right, "same_as_fp32": answer == exact}
+        shares |= {"lost": (exact == right) & (answer != right), "won": (exact != right) & (answer == right)}
+        found[name] = {key: round(float(share.double().mean()), 4) for key, share in shares.items()}
     return found
+
+
+def mean_costs(networks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What each way costs over all `networks`, in points of accuracy, mean and standard error: every changed answer counts as a
+    draw of its own, since which answers change differs from network to network."""
+    total = sum(row["images"] for row in networks.values())
+    costs = {}
+    for way in next(iter(networks.values()))["accuracy"]:
+        rows = [(row["images"], row["accuracy"][way]) for row in networks.values()]
+        mean = sum(n * (row["lost"] - row["won"]) for n, row in rows) / total
+        square = sum(n * (row["lost"] + row["won"]) for n, row in rows) / total
+        error = math.sqrt((square - mean * mean) / total)
+        costs[way] = {"points": round(100 * mean, 3), "standard_error": round(100 * error, 3)}
+    return costs
+
+
+def all_accuracies(names: list[str], time_steps: int | None, images: int, device: str) -> dict[str, Any]:
+    """`accuracies` of every network at T = `time_steps` (None: those it was trained for), and what they cost in the mean."""
+    found = {}
+    for name in names:
+        ann, snn = converted(name, device)
+        steps = time_steps or max(ann.card["recipe"].get("time_steps", [8]))
+        row = {"time_steps": steps, "images": images}
+        found[name] = row | {"accuracy": accuracies(snn, micelab.load_data(ann.card["dataset"]), steps, images)}
+    return {"networks": found, "mean_cost": mean_costs(found)}
+
+
+def converted(name: str, device: str) -> tuple[Any, micelab.SpikingNetwork]:
+    """A shipped network, and what conversion makes of it."""
+    ann: Any = micelab.load(name)
+    return ann, micelab.convert(ann, "mice" if ann.spec.get("activation") == "spike_clip" else "qcfs").to(device)
 
 
 def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict[str, Way]:
@@ -209,11 +242,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--time-steps", type=int, default=8)
+    parser.add_argument("--time-steps", type=int, help="T [8; --accuracy: what each network was trained for]")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--checkpoint", default="resnet20a-cifar10-qcfs")
+    parser.add_argument("--checkpoint", nargs="+", default=["resnet20a-cifar10-qcfs"], help="--accuracy takes several")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--quick", action="store_true", help="the table only, no scaling")
@@ -225,15 +258,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"device {options.device} does not exist here: leave --device out")
-    ann: Any = micelab.load(options.checkpoint)
-    snn = micelab.convert(ann, "mice" if ann.spec.get("activation") == "spike_clip" else "qcfs").to(options.device)
-    results: dict[str, Any] = {"machine": machine(), "network": options.checkpoint, "clock": options.clock}
+    results: dict[str, Any] = {"machine": machine(), "clock": options.clock}
     results["command"] = shlex.join(["python", "benchmarks/simulation.py", *(sys.argv[1:] if arguments is None else arguments)])
+    if options.accuracy:
+        found = all_accuracies(options.checkpoint, options.time_steps, options.images, options.device)
+        return save(options.out, results | found)
+    if len(options.checkpoint) > 1:
+        parser.error("only --accuracy takes several networks: name one with --checkpoint")
+    options.time_steps = options.time_steps or 8
+    ann, snn = converted(options.checkpoint[0], options.device)
+    results["network"] = options.checkpoint[0]
     if options.memory:
         return save(options.out, results | peak_memory(snn))
-    if options.accuracy:
-        found = accuracies(snn, micelab.load_data(ann.card["dataset"]), options.time_steps, options.images)
-        return save(options.out, results | {"time_steps": options.time_steps, "images": options.images, "accuracy": found})
     try:
         data = micelab.load_data(ann.card["dataset"], download=False)
         images = next(data.test.batches(max(options.batch, 64)))[0].to(options.device)

@@ -1,6 +1,7 @@
 """The benchmark of the simulation runs: its rows, ratios, equality of counts and picture, on a small network."""
 
 import json
+import statistics
 import sys
 from itertools import count
 from pathlib import Path
@@ -56,8 +57,23 @@ def test_accuracies_of_the_fast_modes_and_the_grid_are_beside_fp32s():
     assert found["fp32"] == {
         "accuracy": round(float((digits(pixels, 3).argmax(1) == labels).double().mean()), 4),
         "same_as_fp32": 1.0,
+        "lost": 0.0,
+        "won": 0.0,
     }
+    for row in found.values():
+        assert row["accuracy"] == pytest.approx(found["fp32"]["accuracy"] - row["lost"] + row["won"])
     assert all(0.5 < row["same_as_fp32"] <= 1 for row in found.values())
+
+
+def test_the_mean_cost_is_over_all_images_of_all_networks():
+    rows = {
+        "one": {"images": 100, "accuracy": {"grid": {"lost": 0.04, "won": 0.02}}},
+        "other": {"images": 300, "accuracy": {"grid": {"lost": 0.02, "won": 0.02}}},
+    }
+    changes = [1] * (4 + 6) + [-1] * (2 + 6) + [0] * 382  # lost is a cost
+    cost = simulation.mean_costs(rows)["grid"]
+    assert cost["points"] == pytest.approx(100 * statistics.mean(changes), abs=1e-3)
+    assert cost["standard_error"] == pytest.approx(100 * statistics.pstdev(changes) / 20, abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
