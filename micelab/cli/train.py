@@ -84,7 +84,7 @@ def train(
     from micelab import checkpoint
     from micelab import joint as stage2
     from micelab import train as stage1
-    from micelab.machine import default_precision
+    from micelab.machine import default_precision, keep_memory
     from micelab.train.recipe import choose
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -106,6 +106,7 @@ def train(
         raise InputError(f"--{name} " + ("is for stage 1: leave out --joint" if joint else "is for joint training: add --joint"))
     carry: Callable[..., Any] = stage2.train if joint else stage1.train
     config = choose(recipe, joint, common | (second if joint else first))
+    keep_memory()
     out = out or Path("data/runs") / ((recipe or "latest") + ("-joint" if joint else ""))
     try:
         model = carry(config, out, resume=resume, folder=data, command=typed())
