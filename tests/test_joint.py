@@ -355,6 +355,10 @@ def test_the_gradient_of_every_spike_has_a_recipe_of_its_own_and_no_penalty():
     assert (config.lr, config.weight_decay, config.start) == (0.05, 1e-4, "resnet20a-cifar10-qcfs")
     with pytest.raises(InputError, match="--penalty goes with the gradient of the rates"):
         choose(None, True, {"gradient": "time", "penalty": 1.0})
+    with pytest.raises(InputError, match='gradient is "time": use ThroughTimeConfig'):
+        JointConfig(gradient="time")
+    with pytest.raises(InputError, match='gradient is "rates": use JointConfig'):
+        ThroughTimeConfig(gradient="rates")
 
 
 def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):

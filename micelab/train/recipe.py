@@ -119,6 +119,9 @@ class JointConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.gradient == "time") != isinstance(self, ThroughTimeConfig):
+            kind = "ThroughTimeConfig" if self.gradient == "time" else "JointConfig"
+            raise InputError(f'gradient is "{self.gradient}": use {kind}, whose rate and optimizer are made for it')
         if self.gradient == "time" and self.penalty:
             raise InputError("--penalty goes with the gradient of the rates: leave it out, or leave out --gradient time")
 
