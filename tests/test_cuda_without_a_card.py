@@ -16,7 +16,7 @@ from micelab.data import ImageData, Split
 from micelab.joint.run import _JointRun
 from micelab.machine import default_precision
 from micelab.neuron import triton_kernel
-from micelab.train.recipe import JointConfig
+from micelab.train.recipe import JointConfig, ThroughTimeConfig
 from micelab.train.run import Run, TrainConfig
 
 CASES = {
@@ -204,12 +204,12 @@ def test_a_training_step_in_bf16_convolves_in_it_and_keeps_its_gradients_in_fp32
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"distill": 1.0, "penalty": 0.1}, {"gradient": "time"}],
+    ("kind", "options"),
+    [(JointConfig, {}), (JointConfig, {"distill": 1.0, "penalty": 0.1}), (ThroughTimeConfig, {})],
     ids=["plain", "distillation and penalty", "through time"],
 )
-def test_a_joint_training_step_runs_its_spikes_on_the_device(options, tmp_path):
-    config = JointConfig(epochs=1, batch_size=4, time_steps=(4,), **options)
+def test_a_joint_training_step_runs_its_spikes_on_the_device(kind, options, tmp_path):
+    config = kind(epochs=1, batch_size=4, time_steps=(4,), **options)
     data, model = small_data(), micelab.resnet20(num_classes=2, width=8, activation="quant_clip")
     with fake_cuda() as waits:
         run = _JointRun(config, tmp_path, data, OneDevice(), model=model.to("cuda"))

@@ -10,8 +10,10 @@ from torch import nn
 
 import micelab
 from micelab.activation import over_channels, straight_through
-from micelab.joint import prepare, through_time
-from micelab.joint.through_time import SpikesThroughTime, normed_spikes, spikes_through_time, time_gradient
+from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
+from micelab.joint import normed as together
+from micelab.joint.normed import StraightThrough, ThroughTime, statistics, suits
+from micelab.joint.through_time import spikes_through_time, time_gradient
 from micelab.neuron import compiled
 from micelab.neuron.normed import NormedNeurons
 
@@ -125,6 +127,10 @@ def test_at_one_step_it_is_the_straight_through_gradient():
     torch.testing.assert_close(found[2], wanted[2])
 
 
+def normed_spikes(z, norm, log_theta, v0, steps, plus=None, constant=False):
+    return ThroughTime.apply(z, plus, log_theta, v0, steps, constant, *statistics(norm, z)[0])
+
+
 def normed(z, norm, log_theta, v0, steps, plus=None, constant=False):
     """Batch-norm, then the neurons, left to autograd. The statistics have torch's gradient and, to 1e-5, its value; to the last
     digit they are those of the pass, so that no spike flips."""
@@ -200,6 +206,33 @@ def test_in_bfloat16_only_what_is_stored_is_rounded():
         assert (one - other).float().norm() <= 0.01 * other.float().norm()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("plus", [False, True])
+def test_batch_norm_and_given_rates_in_one_pass_are_both_in_turn(plus, threads):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(6)
+    z = torch.randn(9, 32, 11, 13).contiguous(memory_format=torch.channels_last)
+    plus = torch.rand(9, 32, 11, 13) if plus else None
+    grad, rate = torch.randn(9, 32, 11, 13), torch.randint(0, 5, (9, 32, 11, 13)) / 4
+
+    def together(z, norm, log_theta, v0, levels, plus, _):
+        return StraightThrough.apply(z, plus, log_theta, v0, rate, levels, *statistics(norm, z)[0])
+
+    def in_turn(z, norm, log_theta, v0, levels, plus, _):
+        return straight_through(norm(z) if plus is None else norm(z) + plus, rate, log_theta, v0, levels)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = with_batch_norm(together, z, plus, grad, 4, False)
+    finally:
+        torch.set_num_threads(before)
+    wanted = with_batch_norm(in_turn, z, plus, grad, 4, False)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).float().norm() <= 1e-3 * other.float().norm()  # a current may fall on the other side of a gate
+
+
 class Residual(nn.Module):
     """Sums in both orders, of a batch-norm with its input and with another batch-norm; 20 channels somewhere."""
 
@@ -218,26 +251,31 @@ class Residual(nn.Module):
         return self.head(self.acts[4](self.norms[4](self.convs[4](y)) + x).mean((2, 3)))
 
 
-def test_a_network_learns_the_same_with_both_in_one_pass(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "steps", "taken"), [(SpikesThroughTime, 3, 4), (SpikesInTheLoop, 3, 3), (SpikesInTheLoop, 1, 4)]
+)
+def test_a_network_learns_the_same_with_both_in_one_pass(kind, steps, taken, monkeypatch):
     if compiled.shared_library() is None:
         pytest.skip("no C compiler is here")
     torch.manual_seed(5)
-    start = prepare(Residual(), 3).to(memory_format=torch.channels_last).train()
+    start = prepare(Residual(), steps).to(memory_format=torch.channels_last).train()
     images = torch.rand(6, 3, 11, 11).contiguous(memory_format=torch.channels_last)
     calls, found = [], []
 
-    def counted(z, *others):
+    def counted(norm, z):
         calls.append(z.shape[1])
-        return normed_spikes(z, *others)
+        return statistics(norm, z)
 
-    monkeypatch.setattr(through_time, "normed_spikes", counted)
-    for suits in (NormedNeurons.suits, lambda *_: False):
-        monkeypatch.setattr(NormedNeurons, "suits", staticmethod(suits))
+    monkeypatch.setattr(together, "statistics", counted)
+    for can in (NormedNeurons.suits, lambda *_: False):
+        monkeypatch.setattr(NormedNeurons, "suits", staticmethod(can))
         net = copy.deepcopy(start)
-        logits, _ = SpikesThroughTime(net)(images, 3)
+        logits, _ = kind(net)(images, steps)
         logits.square().sum().backward()
         found.append([logits.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
-    assert calls == [16, 16, 16, 16]  # not the one with 20 channels, and none of the second network
+    assert (
+        calls == [16] * taken
+    )  # not the one with 20 channels, nor a constant before several steps' rates, nor the second network's
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -260,6 +298,6 @@ def test_what_one_pass_cannot_take_goes_the_ordinary_way(values, steps):
 def test_a_frozen_batch_norm_goes_the_ordinary_way():
     z = torch.zeros(4, 16, 5, 5).contiguous(memory_format=torch.channels_last)
     neurons = micelab.QuantClip(levels=4)
-    assert through_time.suits(nn.BatchNorm2d(16), neurons, z, 4) == (compiled.shared_library() is not None)
-    assert not through_time.suits(nn.BatchNorm2d(16).eval(), neurons, z, 4)
-    assert not through_time.suits(nn.BatchNorm2d(16, affine=False), neurons, z, 4)
+    assert suits(nn.BatchNorm2d(16), neurons, z, 4) == (compiled.shared_library() is not None)
+    assert not suits(nn.BatchNorm2d(16).eval(), neurons, z, 4)
+    assert not suits(nn.BatchNorm2d(16, affine=False), neurons, z, 4)

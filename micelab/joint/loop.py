@@ -23,8 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from micelab.activation import over_channels, straight_through
 from micelab.exceptions import ConversionError
 from micelab.graph.affine import BATCH_NORMS, is_size
-from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import is_activation, read
+from micelab.joint.normed import StraightThrough, TakesAlong, fire_once
 from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded, largest_layer
 from micelab.network.spiking import CACHE_BUDGET
@@ -109,7 +109,7 @@ class _Steps(TimeFolded):
         self.counts, _ = fire(current, module.theta, module.v0, False, out, amplitude=True, count=True, plus=plus)
 
 
-class _Mean(LayerRunner):
+class _Mean(TakesAlong):
     """The mean over the steps, with gradient; it leads the walk and hands every layer to the steps too."""
 
     def __init__(self, plan: Plan, time_steps: int, chunk: int, penalize: bool):
@@ -170,6 +170,10 @@ class _Mean(LayerRunner):
         norm = cast(Any, norm)
         if isinstance(norm, nn.SyncBatchNorm) and norm.training:
             raise ConversionError(f"layer `{target}` is nn.SyncBatchNorm: joint training needs nn.BatchNorm2d")
+        alone = not self.penalize and (not self.steps or any(source in self.later for source in self.node.all_input_nodes))
+        if alone and (taken := self.takes(norm, args[0], 1)):
+            self._fold(norm, taken[0].mean, taken[1])
+            return args[0]
         if not norm.training:
             out, mean, variance = norm(*args), norm.running_mean, norm.running_var
         else:
@@ -192,16 +196,22 @@ class _Mean(LayerRunner):
             self.affine[self.node] = fuse(before.weight, before.bias, mean, variance, norm.eps, norm.weight, norm.bias)
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
-        rate = torch.empty_like(z)
-        if self.time_steps == 1:
-            fire(z.detach()[None], module.theta, module.v0, False, rate[None])
-        for steps in self.steps:
-            rate[steps.part] = steps.counts
         log_theta, v0 = scale_gradients(module, z)
-        if self.penalize:
-            self.penalties.append(residual_penalty(z.float(), rate.float(), log_theta.exp(), v0, self.time_steps))
-        rate *= over_channels(log_theta.detach().exp(), rate) / self.time_steps
-        return straight_through(z, rate, log_theta, v0, self.time_steps)
+        norm, plus = self.taken.pop(self.node, (None, None))
+        if norm is not None and self.time_steps == 1:
+            rate = fire_once(z, norm, module.theta, module.v0, plus)
+        else:
+            rate = torch.empty_like(z)
+            if self.time_steps == 1:
+                fire(z.detach()[None], module.theta, module.v0, False, rate[None])
+            for steps in self.steps:
+                rate[steps.part] = steps.counts
+            if self.penalize:
+                self.penalties.append(residual_penalty(z.float(), rate.float(), log_theta.exp(), v0, self.time_steps))
+            rate *= over_channels(log_theta.detach().exp(), rate) / self.time_steps
+        if norm is None:
+            return straight_through(z, rate, log_theta, v0, self.time_steps)
+        return cast(Tensor, StraightThrough.apply(z, plus, log_theta, v0, rate, self.time_steps, *norm))
 
 
 def residual_penalty(mean_current: Tensor, count: Tensor, theta: Tensor, v0: Tensor, time_steps: int) -> Tensor:

@@ -37,8 +37,10 @@ COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 """`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
 
-_TRAINING = ("staircase", "rate_gradient", "time_gradient", "batch_moments", "normed_fire", "normed_gradient", "of_channels")
-FUNCTIONS = ("fire", "ones", *_TRAINING)
+FUNCTIONS = (
+    *("fire", "ones", "staircase", "rate_gradient", "time_gradient"),
+    *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels"),
+)
 
 BLOCK = 4096
 """So many neurons share a sum of gradients, as in neuron.c."""
@@ -235,6 +237,7 @@ def load(cc: str) -> Any:
         library.batch_moments.argtypes = [place] * 3 + [size] * 4 + [flag] * 2
         library.normed_fire.argtypes = [place] * 5 + [number] * 2 + [size] * 3 + [flag] * 3
         library.normed_gradient.argtypes = [place] * 9 + [number] * 2 + [size] * 4 + [flag] * 3
+        library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
         for function in FUNCTIONS:
             getattr(library, function).restype = None

@@ -462,25 +462,63 @@ INLINE void gradient_block(const normed *k, int64_t at, int64_t size, const int 
     write_sums(two, of_theta, of_start);
 }
 
+/* the same for given rates, as in `gradients`: the gradient of their currents, its sums by channel, and the two of rate_gradient */
+INLINE void rate_block(const normed *k, const void *rate, float below, int64_t at, int64_t size, const int with_plus,
+                       const int half, float *places, double *two)
+{
+    vector of_theta = {0}, of_start = {0};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const vector grad = take(k->grad, at + i, 4 * LANES, half), current = current_of(k, 0, at, i, with_plus, half);
+        const mask under = current < k->theta;
+        const vector through = grad * ones_where(under & (current > 0.0f));
+        put(k->out, at + i, 4 * LANES, half, through);
+        of_theta += grad * take(rate, at + i, 4 * LANES, half) - through * current;
+        of_start += grad * ones_where(under & (current > below));
+        keep(places + i, load(places + i) + through);
+        keep(places + k->block + i,
+             load(places + k->block + i) + through * (take(k->z, at + i, 4 * LANES, half) - load(k->mean + i)));
+    }
+    write_sums(two, of_theta, of_start);
+}
+
+/* for every block of `size` values, `some` with its places and sums, which go to channel_sums and sums */
+#define BLOCKS_BY_CHANNEL(size, some)                                                                                  \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")                                 \
+    for (int64_t at = 0; at < (size); at += block) {                                                                   \
+        const int64_t left = least(block, (size)-at);                                                                  \
+        float places[2 * block];                                                                                       \
+        for (int64_t i = 0; i < 2 * block; i++)                                                                        \
+            places[i] = 0;                                                                                             \
+        double *two = sums + 2 * (at / block);                                                                         \
+        some;                                                                                                          \
+        by_channel(places, channel_sums + at / block * 2 * channels, block, channels);                                 \
+    }
+
 /* channel_sums: [blocks][2][channels], sums: [blocks][2] */
 void normed_gradient(const void *grad, const void *z, const void *plus, void *out, const float *scale, const float *shift,
                      const float *mean, float *channel_sums, double *sums, float theta, float start, int64_t neurons,
                      int64_t block, int64_t channels, int64_t steps, int constant, int half, int threads)
 {
     const normed k = {grad, z, plus, out, scale, shift, mean, theta, start, neurons, block, steps, constant};
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t at = 0; at < neurons; at += block) {
-        const int64_t size = least(block, neurons - at);
-        float places[2 * block];
-        for (int64_t i = 0; i < 2 * block; i++)
-            places[i] = 0;
-        double *two = sums + 2 * (at / block);
-        if (half)
-            plus ? gradient_block(&k, at, size, 1, 1, places, two) : gradient_block(&k, at, size, 0, 1, places, two);
-        else
-            plus ? gradient_block(&k, at, size, 1, 0, places, two) : gradient_block(&k, at, size, 0, 0, places, two);
-        by_channel(places, channel_sums + at / block * 2 * channels, block, channels);
-    }
+    if (half)
+        BLOCKS_BY_CHANNEL(neurons, plus ? gradient_block(&k, at, left, 1, 1, places, two)
+                                        : gradient_block(&k, at, left, 0, 1, places, two))
+    else
+        BLOCKS_BY_CHANNEL(neurons, plus ? gradient_block(&k, at, left, 1, 0, places, two)
+                                        : gradient_block(&k, at, left, 0, 0, places, two))
+}
+
+void normed_rate_gradient(const void *grad, const void *z, const void *plus, const void *rate, void *out, const float *scale,
+                          const float *shift, const float *mean, float *channel_sums, double *sums, float theta, float below,
+                          int64_t neurons, int64_t block, int64_t channels, int half, int threads)
+{
+    const normed k = {grad, z, plus, out, scale, shift, mean, theta, 0, neurons, block, 1, 0};
+    if (half)
+        BLOCKS_BY_CHANNEL(neurons, plus ? rate_block(&k, rate, below, at, left, 1, 1, places, two)
+                                        : rate_block(&k, rate, below, at, left, 0, 1, places, two))
+    else
+        BLOCKS_BY_CHANNEL(neurons, plus ? rate_block(&k, rate, below, at, left, 1, 0, places, two)
+                                        : rate_block(&k, rate, below, at, left, 0, 0, places, two))
 }
 
 /* into = grad*first + z*second + third, with such values for each place in a block: a batch-norm's gradient of its input */

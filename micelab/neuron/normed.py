@@ -7,6 +7,7 @@ of `neuron.c` (micelab.neuron.compiled); they know channels that come last in me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ from micelab.neuron.layout import is_dense
 
 PLACES, ROOM = 1024, 2**16
 """Neurons that are taken through all steps together, and how many values their steps may be at most."""
+
+
+class Gradient(NamedTuple):
+    """of_current: that of the currents, like z (summed over the steps where z is constant); of_theta: of log(theta); of_start:
+    of v0; sums [2, C]: of the first over all but the channels, and of its product with z - mean."""
+
+    of_current: Tensor
+    of_theta: Tensor
+    of_start: Tensor
+    sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,8 @@ class NormedNeurons:
         shared_library().normed_fire(*places, self.theta, self.v0 * self.theta, *sizes)
         return out
 
-    def gradient(self, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the currents (summed over the steps where z is constant), of log(theta) and of v0, for that of
-        theta*s(t); and, [2, C], the sums of the first and of its product with z - mean."""
+    def gradient(self, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor) -> Gradient:
+        """What follows from the gradient of theta*s(t), [T*N, C, ...]; scale, shift, mean: [C]."""
         channels, block, out = self.z.shape[1], self._block, torch.empty_like(self.z)
         neurons = grad.numel() // self.steps
         blocks = -(-neurons // block)
@@ -94,15 +104,33 @@ class NormedNeurons:
         shared_library().normed_gradient(*places, self.theta, self.v0 * self.theta, *sizes)
         of_channels, (of_theta, of_start) = by_channel.sum(0, dtype=torch.float64), sums.sum(0)
         charge = (of_channels[0] * (scale * mean + shift) + of_channels[1] * scale).sum()  # and that of plus, in of_theta
-        return out, (of_theta - charge).float(), of_start.float() * self.theta, of_channels.float()
+        return Gradient(out, (of_theta - charge).float(), of_start.float() * self.theta, of_channels.float())
 
-    def combine(self, of_current: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
-        """of_current*first + z*second + third, with values [C]; in place of `of_current` unless `plus` wants that."""
-        out = of_current if self.plus is None else torch.empty_like(of_current)
-        patterns = self._places(torch.stack((first, second, third)))
-        places = _places_of(of_current, self.z, out, *patterns)
+    def rate_gradient(self, grad: Tensor, rate: Tensor, levels: int, scale: Tensor, shift: Tensor, mean: Tensor) -> Gradient:
+        """The same for that of given rates, with the gradient of the staircase of `levels` steps at the currents
+        (`micelab.activation.straight_through`)."""
+        channels, block, out = self.z.shape[1], self._block, torch.empty_like(self.z)
+        blocks = -(-self.z.numel() // block)
+        by_channel, sums = torch.empty(blocks, 2, channels), torch.empty(blocks, 2, dtype=torch.float64)
+        patterns = self._places(torch.stack((scale, shift, mean)))
+        grad, rate, plus = self.in_order(grad), self.in_order(rate), None if self.plus is None else self.in_order(self.plus)
+        places = _places_of(grad, self.z, plus, rate, out, *patterns, by_channel, sums)
+        sizes = (self.z.numel(), block, channels, *self._sizes())
+        shared_library().normed_rate_gradient(*places, self.theta, -self.theta / levels, *sizes)
+        of_theta, spikes = sums.sum(0).float()
+        return Gradient(out, of_theta, spikes * self.theta / levels, by_channel.sum(0))
+
+    def of_norm(self, found: Gradient, weight: Tensor, slope: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of z, and of batch-norm's weight and bias: the currents are (z - mean)*slope*weight + bias (+ plus), with
+        mean and slope = 1/sqrt(variance + eps) of z itself."""
+        of_bias, of_weight = found.sums[0], found.sums[1] * slope
+        first, count = weight * slope, self.z.numel() // len(weight)
+        second = -first * slope * of_weight / count
+        out = found.of_current if self.plus is None else torch.empty_like(self.z)
+        patterns = self._places(torch.stack((first, second, -first * of_bias / count - mean * second)))
+        places = _places_of(found.of_current, self.z, out, *patterns)
         shared_library().of_channels(*places, self.z.numel(), self._block, *self._sizes())
-        return out
+        return out, of_weight, of_bias
 
     def _like_z(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty_strided(shape, self.z.stride(), dtype=self.z.dtype)
