@@ -17,8 +17,8 @@ help:  ## Show this list
 	@echo "make TARGET [PYTHON=python3.12] [DATA=folder of the data sets]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab
-	$(BIN)/python -m jupyter lab notebooks
+lab: .venv/with-course  ## Set up, then open the notebooks in JupyterLab (in a container, as root: LAB="--allow-root --ip=0.0.0.0")
+	$(BIN)/python -m jupyter lab notebooks $(LAB)
 
 test: lint  ## Set up, then check style and types, run all tests and re-run every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests micelab
