@@ -44,9 +44,9 @@ def say_lacking(device: str, what: str) -> None:
 def keep_memory() -> bool:
     """Lets this process keep the memory that it frees, for a loop that allocates the same large tensors over and over.
 
-    The C library gives blocks from 32 MB on back to the system at once, and the next step pays for clearing their pages, a
-    third of a step through time at T = 8. For a process that only trains, as `micelab train`; True where it could
-    be done, False where the C library is not glibc or the environment (MALLOC_...) has settled it.
+    The C library gives blocks from 32 MB on back to the system at once, and the next step pays for clearing their pages: up to
+    two fifths of a step through time at T = 8 (docs/performance.md). For a process that only trains, as `micelab train`; True
+    where it could be done, False where the C library is not glibc or the environment (MALLOC_...) has settled it.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

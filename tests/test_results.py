@@ -22,6 +22,8 @@ JOINT = {  # those trained jointly: T, and the least that they gain there over t
     "resnet20a-cifar10-mice-t2": (2, 0.2),
     "resnet20a-cifar10-mice-t4": (4, 0.1),
     "resnet20a-cifar10-mice-t8": (8, 0.02),
+    "resnet20a-cifar100-mice-t1": (1, 0.2),
+    "resnet20a-cifar100-mice-t2": (2, 0.2),
     "resnet20a-cifar100-mice-t4": (4, 0.1),
     "resnet20a-cifar100-mice-t8": (8, 0.02),
 }
