@@ -17,7 +17,7 @@ kept = len(sys.argv) > 1 and keep_memory()
 for _ in range(2):
     torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(16):
     torch.zeros(2**24)
 print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -33,7 +33,8 @@ def test_memory_that_is_kept_is_not_cleared_again():
 
     (_, usual), (kept, fewer) = faults(), faults("keep")
     assert kept == 1
-    assert usual > 100 > fewer  # 64 MB are 32 huge pages or 16,384 small ones, four times
+    assert usual > 16 * 30  # 64 MB are 32 huge pages or 16,384 small ones, sixteen times
+    assert fewer < usual / 4  # once or twice where something small has taken the place
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
