@@ -58,7 +58,8 @@ def train(
         str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
     ] = None,
     gradient: Annotated[
-        str | None, typer.Option(help="Joint: rates, of the spike counts [that], or time, through time (T times an ANN's cost).")
+        str | None,
+        typer.Option(help="Joint: rates, of spike counts [that], or time, through time (up to T times an ANN's cost)."),
     ] = None,
     distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
