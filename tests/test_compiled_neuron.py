@@ -12,10 +12,10 @@ from micelab import neuron
 from micelab.convert import convert
 from micelab.models import resnet20
 from micelab.network import SpikingNetwork
-from micelab.neuron import compiled
+from micelab.neuron import building, compiled
 
 try:
-    compiled.compiler()
+    building.compiler()
     HERE = True
 except OSError:
     HERE = False
@@ -241,7 +241,7 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
         place.write_text(script)
         place.chmod(0o755)
     monkeypatch.setenv("CC", "/nowhere/cc" if script is None else str(place))
-    monkeypatch.setattr(compiled, "SOURCE", copied(compiled.SOURCE, fresh))
+    monkeypatch.setattr(building, "SOURCE", copied(building.SOURCE, fresh))
     assert torch.equal(expected, spikes_of(snn))
     assert torch.equal(expected, spikes_of(snn))
     assert len(caplog.records) == 1
@@ -250,9 +250,9 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
 
 @needs_compiler
 def test_a_neuron_that_gives_other_numbers_is_not_used(fresh, monkeypatch, caplog):
-    wrong = copied(compiled.SOURCE, fresh)
+    wrong = copied(building.SOURCE, fresh)
     wrong.write_text(wrong.read_text().replace("v[i] >= theta[i]", "v[i] > 0.5f * theta[i]"))
-    monkeypatch.setattr(compiled, "SOURCE", wrong)
+    monkeypatch.setattr(building, "SOURCE", wrong)
     assert compiled.shared_library() is None
     assert "gives other numbers than the loop" in caplog.text
 

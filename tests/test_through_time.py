@@ -273,9 +273,8 @@ def test_a_network_learns_the_same_with_both_in_one_pass(kind, steps, taken, mon
         logits, _ = kind(net)(images, steps)
         logits.square().sum().backward()
         found.append([logits.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
-    assert (
-        calls == [16] * taken
-    )  # not the one with 20 channels, nor a constant before several steps' rates, nor the second network's
+    # not the one with 20 channels, nor a constant one before several steps' rates, nor any of the second network
+    assert calls == [16] * taken
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -7,7 +7,7 @@ of `neuron.c` (micelab.neuron.compiled); they know channels that come last in me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,32 +93,39 @@ class NormedNeurons:
 
     def gradient(self, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor) -> Gradient:
         """What follows from the gradient of theta*s(t), [T*N, C, ...]; scale, shift, mean: [C]."""
-        channels, block, out = self.z.shape[1], self._block, torch.empty_like(self.z)
-        neurons = grad.numel() // self.steps
-        blocks = -(-neurons // block)
-        by_channel, sums = torch.empty(blocks, 2, channels), torch.empty(blocks, 2, dtype=torch.float64)
-        patterns = self._places(torch.stack((scale, shift, mean)))
-        grad, plus = self.in_order(grad), None if self.plus is None else self.in_order(self.plus)
-        places = _places_of(grad, self.z, plus, out, *patterns, by_channel, sums)
-        sizes = (neurons, block, channels, self.steps, self.constant, *self._sizes())
-        shared_library().normed_gradient(*places, self.theta, self.v0 * self.theta, *sizes)
-        of_channels, (of_theta, of_start) = by_channel.sum(0, dtype=torch.float64), sums.sum(0)
+        kernel, neurons = shared_library().normed_gradient, grad.numel() // self.steps
+        more = (self.theta, self.v0 * self.theta), (self.steps, self.constant)
+        out, of_channels, (of_theta, of_start) = self._gradient(kernel, neurons, [grad], (scale, shift, mean), *more)
         charge = (of_channels[0] * (scale * mean + shift) + of_channels[1] * scale).sum()  # and that of plus, in of_theta
         return Gradient(out, (of_theta - charge).float(), of_start.float() * self.theta, of_channels.float())
 
     def rate_gradient(self, grad: Tensor, rate: Tensor, levels: int, scale: Tensor, shift: Tensor, mean: Tensor) -> Gradient:
         """The same for that of given rates, with the gradient of the staircase of `levels` steps at the currents
         (`micelab.activation.straight_through`)."""
+        kernel, spike = shared_library().normed_rate_gradient, self.theta / levels
+        more = (self.theta, -spike), ()
+        out, of_channels, (of_theta, spikes) = self._gradient(kernel, grad.numel(), [grad, rate], (scale, shift, mean), *more)
+        return Gradient(out, of_theta.float(), spikes.float() * spike, of_channels.float())
+
+    def _gradient(
+        self,
+        kernel: Any,
+        neurons: int,
+        values: list[Tensor],
+        by_channel: tuple[Tensor, ...],
+        numbers: tuple[float, float],
+        more: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs such a kernel: (gradient of the currents, its sums by channel, two sums over all), the sums in fp64."""
         channels, block, out = self.z.shape[1], self._block, torch.empty_like(self.z)
-        blocks = -(-self.z.numel() // block)
-        by_channel, sums = torch.empty(blocks, 2, channels), torch.empty(blocks, 2, dtype=torch.float64)
-        patterns = self._places(torch.stack((scale, shift, mean)))
-        grad, rate, plus = self.in_order(grad), self.in_order(rate), None if self.plus is None else self.in_order(self.plus)
-        places = _places_of(grad, self.z, plus, rate, out, *patterns, by_channel, sums)
-        sizes = (self.z.numel(), block, channels, *self._sizes())
-        shared_library().normed_rate_gradient(*places, self.theta, -self.theta / levels, *sizes)
-        of_theta, spikes = sums.sum(0).float()
-        return Gradient(out, of_theta, spikes * self.theta / levels, by_channel.sum(0))
+        blocks = -(-neurons // block)
+        sums, two = torch.empty(blocks, 2, channels), torch.empty(blocks, 2, dtype=torch.float64)
+        patterns = self._places(torch.stack(by_channel))
+        grad, *rates = [self.in_order(tensor) for tensor in values]
+        plus = None if self.plus is None else self.in_order(self.plus)
+        places = _places_of(grad, self.z, plus, *rates, out, *patterns, sums, two)
+        kernel(*places, *numbers, neurons, block, channels, *more, *self._sizes())
+        return out, sums.sum(0, dtype=torch.float64), two.sum(0)
 
     def of_norm(self, found: Gradient, weight: Tensor, slope: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of z, and of batch-norm's weight and bias: the currents are (z - mean)*slope*weight + bias (+ plus), with
