@@ -31,11 +31,7 @@ from micelab import neuron
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, machine
 
-_WIDE = "--kind C --epochs 20 --batch-size 256 --precision bf16 --augment cutout"
-RECIPES = {  # to become `--recipe cifar10-c` where `micelab train` knows recipes by name
-    "cifar10-c": f"--dataset cifar10 --label-smoothing 0.1 {_WIDE}",
-    "cifar100-c": f"--dataset cifar100 --lr 0.05 {_WIDE}",
-}
+RECIPES = {name: f"--recipe {name} --epochs 20 --batch-size 256 --precision bf16" for name in ("cifar10-c", "cifar100-c")}
 SMALL_RECIPES = {"digits": "--dataset digits --epochs 1"}
 
 
@@ -184,6 +180,19 @@ def speeds(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device:
     return rows
 
 
+def few(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows of `measured` for one image and for eight: the plain call, and the simulation recorded once (a CUDA graph)."""
+    net, rows = copy.deepcopy(snn).to(device), {}
+    for count in (1, 8):
+        pixels = images[:count].to(device)
+        recorded = net.recorded(pixels, time_steps)
+        for name, run in {"called": lambda x: net(x, time_steps), "recorded": recorded}.items():
+            rows[f"{count} at a time, {name}"] = measured(run, pixels, 10 * rounds)
+        walked = net.simulate(pixels, time_steps, record=False, chunk=count).logits[-1]
+        rows[f"{count} at a time, recorded"]["largest_difference"] = float((recorded(pixels) - walked).abs().max())
+    return rows
+
+
 def trained(options: str, out: Path, minutes: float) -> dict[str, Any]:
     """What `micelab train` reaches with these options within so many minutes; a run that is stopped keeps its state in `out`."""
     command = [sys.executable, "-m", "micelab", "train", *options.split(), "--out", str(out)]
@@ -245,6 +254,11 @@ def page(results: dict[str, Any]) -> str:
         for way, row in found["speeds"].items():
             cells = [row["failed"], *[""] * 5] if "failed" in row else [row.get(column) for column in columns]
             lines.append(f"| {way} | " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
+        lines += ["", "Few images, fp32:", "", "| way | images per second | lowest | highest | largest difference |"]
+        lines.append("|---" * 5 + "|")
+        for way, row in found["few"].items():
+            cells = [row[column] for column in columns[:3]] + [row.get("largest_difference", "-")]
+            lines.append(f"| {way} | " + " | ".join(map(str, cells)) + " |")
     lines += ["", "## Training", "", "| run | epochs | minutes | validation accuracy | |", "|---|---|---|---|---|"]
     for name, run in results["training"].items():
         accuracy = f"{100 * run['validation_accuracy']:.2f} %" if "validation_accuracy" in run else "-"
@@ -286,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         counts = counts_alike(snn, images[: 4 if small else 16], options.time_steps, device)
         rows = speeds(snn, images, options.time_steps, device, rounds)
         results["networks"][title] = {"counts": counts, "images": count, "speeds": rows}
+        results["networks"][title]["few"] = few(snn, images, options.time_steps, device, rounds)
         write(out, results)
     for recipe, words in (SMALL_RECIPES if small else RECIPES).items() if options.minutes > 0 else ():
         print(f"training {recipe}, at most {options.minutes:g} minutes ...", flush=True)

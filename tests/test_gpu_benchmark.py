@@ -47,6 +47,11 @@ def test_the_whole_command_writes_numbers_and_a_page(gpu, tiny, tmp_path, monkey
         assert f"| convolutions alone, {kind} | " in page
     for name, row in network["speeds"].items():
         assert row.get("same_predictions", 1) == 1 or "spikingjelly" not in name
+    for count in (1, 8):
+        row = network["few"][f"{count} at a time, recorded"]
+        assert row["images_per_second"] > 0
+        assert row["largest_difference"] == 0
+        assert f"| {count} at a time, called | " in page
     assert "12 of 12 cases equal the CPU's" in page
     assert results["training"] == {}
 

@@ -20,6 +20,7 @@ from micelab.network import int8
 from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
 from micelab.network.memory import Pace, device_budget, in_chunks
 from micelab.network.records import SimulationRun
+from micelab.network.replay import Replay
 from micelab.neuron.firing import IntegrateFire
 
 CACHE_BUDGET = 8 * 2**20
@@ -107,6 +108,23 @@ class SpikingNetwork(nn.Module):
         images = self._check(images, time_steps)
         for _, part, run in self._parts(images, time_steps, True, spikes):
             yield part, run
+
+    def recorded(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Replay:
+        """What calling the network does, for images of this shape and device only, all in one chunk: on CUDA it is recorded
+        as a graph and replayed by one launch, which pays for few images; elsewhere it is the plain call.
+
+        >>> import micelab
+        >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs", time_steps=4)
+        >>> images = torch.rand(1, 1, 8, 8)
+        >>> answer = snn.recorded(images)
+        >>> torch.equal(answer(images), snn(images))
+        True
+
+        Its images are not checked for NaN, since that waits for the device. Raises InputError where the network was moved since.
+        """
+        steps = self.time_steps if time_steps is None else time_steps
+        images, used = self._check(images, steps), self._possible(precision, images)
+        return Replay(self, images, lambda part: self._simulate(part, steps, False, False, used).logits)
 
     def _parts(
         self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, precision: str = "fp32"
