@@ -15,6 +15,7 @@ from micelab import neuron
 from micelab.data import ImageData, Split
 from micelab.joint.run import _JointRun
 from micelab.machine import default_precision
+from micelab.network.folded import TimeFolded
 from micelab.neuron import triton_kernel
 from micelab.train.recipe import JointConfig, ThroughTimeConfig
 from micelab.train.run import Run, TrainConfig
@@ -98,6 +99,22 @@ def test_neurons_on_cuda_go_through_the_fused_operator_in_the_memory_order_of_th
             assert current.stride()[2:] == out.stride()[2:]
             assert out.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert sum(current.stride(0) == 0 for current, *_ in seen) == 1  # the first layer's, kept once
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_in_bf16_the_neurons_write_what_the_next_layer_takes(method, monkeypatch):
+    make, options = CASES[method]
+    ann, rooms, sent = network(make), [], []
+    room, activate = TimeFolded.room, TimeFolded.activate
+    monkeypatch.setattr(TimeFolded, "room", lambda *given: rooms.append(room(*given)) or rooms[-1])
+    monkeypatch.setattr(TimeFolded, "activate", lambda *given: sent.append(activate(*given)) or sent[-1])
+    monkeypatch.setattr("micelab.network.spiking.has_bf16", lambda device: True)
+    with fake_cuda(), half_precision(set()):
+        images = torch.rand(4, 3, 16, 16, device="cuda")
+        snn = micelab.convert(ann.to("cuda"), method, images, **options)
+        snn.simulate(images, 4, record=False, precision="bf16")
+    assert len(rooms) == len(sent) > 0
+    assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(rooms, sent, strict=True))  # no cast behind it
 
 
 def test_error_table_accuracy_and_energy_are_right_about_devices():

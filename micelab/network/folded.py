@@ -146,12 +146,16 @@ class TimeFolded(LayerRunner):
         return source in self.over_time and len(source.users) == 1 and is_fresh(self.traced, source)
 
     def room(self, z: Tensor) -> Tensor:
-        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where they are room."""
-        if self.is_room(self.node.all_input_nodes[0]):
+        """Where the spikes of the activation at hand go, [steps*n, ...]: into its currents z where they are room.
+
+        In bf16 on CUDA they are written as the next layer takes them, also where the currents are fp32 (the first layer's).
+        """
+        dtype = torch.bfloat16 if self.precision == "bf16" and z.is_cuda else z.dtype
+        if dtype == z.dtype and self.is_room(self.node.all_input_nodes[0]):
             return z
         shape = (self.steps * self.images, *z.shape[1:])
         layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
-        return torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+        return torch.empty(shape, dtype=dtype, device=z.device, memory_format=layout)
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         current, out = module.drive(self.current(z)), self.room(z)
