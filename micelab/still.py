@@ -90,6 +90,9 @@ def _draw(part: Any, figure: Any) -> None:
         elif shape.type == "line" and shape.yref in (None, "y"):
             look = {"color": shape.line.color, "linestyle": _DASHES.get(shape.line.dash, "-"), "linewidth": 1, "zorder": 1}
             first.plot([shape.x0, shape.x1], [shape.y0, shape.y1], **look)
+        elif shape.type == "path":
+            places = zip(*(map(float, place.split(",")) for place in shape.path[1:].split("L")), strict=True)
+            first.plot(*places, color=shape.line.color, linewidth=0.8 * shape.line.width)
     for note in (note for note in figure.layout.annotations if note.opacity != 0):
         if note.xref == note.yref == "paper" and note.text:  # the heading of one of several axes
             spot = (left + note.x * (right - left), low + note.y * (high - low) + 0.005)

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import re
 import subprocess
 import sys
 import time
 
 import ipywidgets
+import plotly
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from micelab.activation import quantize
 from micelab.data import to_float
 from micelab.exceptions import InputError
 from micelab.panels import DepthPanel, ImagePanel, NeuronPanel, OrderPanel, StaircasePanel, ThresholdPanel, TimePanel
+from micelab.panels.drawing import without_mark
 
 STEPS = (1, 2, 4, 8)
 
@@ -32,6 +35,14 @@ def parts():
     tables = {t: micelab.error_breakdown(ann, snn, images, t) for t in STEPS}
     predictions = snn.simulate(images[:6], STEPS[-1]).predictions
     return curve, tables, images[:6], split.labels[:6], predictions, data.classes, 0.5
+
+
+def test_changes_of_the_layout_are_freed_of_their_mark_in_the_plotly_that_is_installed():
+    own = str(plotly.graph_objects.FigureWidget._esm)
+    freed = without_mark(own)
+    assert freed != own
+    assert "_doNotReportToPy=!0" in freed  # of traces it stays: there plotly draws anew in any case
+    assert re.sub(r'Object\.defineProperty\((\w+),"_doNotReportToPy",\{value:!0\}\)', r"\1._doNotReportToPy=!0", freed) == own
 
 
 def test_every_position_of_the_slider_shows_its_own_numbers(parts):

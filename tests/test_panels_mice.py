@@ -153,10 +153,12 @@ def test_every_corner_of_the_methods_panel_shows_its_own_numbers(conversions):
         fired = int(run.layers[layers[layer]].spikes[step - 1, image].sum())
         assert f": {fired} of" in panel.drawn[0].layout.title.text
         assert list(panel.drawn[2].data[method].y) == pytest.approx([100 * a for a in curves[name].accuracy])
-        assert [line.opacity for line in panel.drawn[2].data] == [1.0 if other == name else 0.3 for other in snns]
-        upright, level = [shape for shape in panel.drawn[2].layout.shapes if shape.opacity]
+        upright, level, curve = [shape for shape in panel.drawn[2].layout.shapes if shape.opacity]
         assert upright.x0 == upright.x1 == step
         assert level.y0 == level.y1 == pytest.approx(100 * anns[name])
+        drawn = [[float(number) for number in point.split(",")] for point in curve.path[1:].split("L")]
+        assert drawn == [[t, pytest.approx(100 * a)] for t, a in zip(STEPS, curves[name].accuracy, strict=True)]
+        assert curve.line.color == panel.drawn[2].data[method].line.color
         assert [note.text for note in panel.drawn[2].layout.annotations if note.opacity] == [f"ANN {100 * anns[name]:.1f} %"]
         assert f"{100 * anns[name]:.1f} %" in panel.numbers.value
         assert panel.truth() == classes[int(labels[image])]

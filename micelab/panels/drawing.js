@@ -22,9 +22,17 @@ export default () => {
   const waiting = []; // messages that came before plotly's code
   const heard = []; // [event, what plotly does upon it], of the model and of each view
   let now = {}; // the message that is being applied
+  let quiet = 0; // messages whose effect plotly still tells of
   let figure = null; // plotly's side, once loaded
 
+  // What plotly tells of a kernel's change to the layout carries no mark (see drawing.py) and is not sent back.
+  function hush() {
+    quiet += 1;
+    setTimeout(() => (quiet -= 1)); // after the promises of relayout
+  }
+
   function apply(name, message) {
+    if (name === "_py2js_relayout") hush();
     now = { [name]: message };
     for (const [event, act] of [...heard]) if (event === `change:${name}`) act();
     now = {};
@@ -46,7 +54,7 @@ export default () => {
       const make = await plotly(model);
       const seen = {
         get: (name) => (name in now ? now[name] : model.get(name)),
-        set: (name, value) => model.set(name, value),
+        set: (name, value) => quiet && name === "_js2py_relayout" ? undefined : model.set(name, value),
         save_changes: () => model.save_changes(),
         on: (event, act) => heard.push([event, act]),
       };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ except ImportError as error:
     raise MicelabError("panels need ipywidgets and plotly: run `pip install micelab[course]`") from error
 
 
+_MARK = re.compile(r"(\w+)\._doNotReportToPy=!0,(?=[\w.]+\.relayout\()")
+
+
+def without_mark(code: str) -> str:
+    """plotly's code with a change to the layout from which it takes no false one.
+
+    It notes on the list of changes that they are the kernel's, and then takes the note for a change that it does not know: the
+    whole figure is drawn anew, 25 ms instead of 1. Here the note is hidden from whoever goes through the list. Of a plotly in
+    which this is not found the code stays as it is.
+
+    >>> without_mark("a._doNotReportToPy=!0,M.default.relayout(this.el,a)")
+    'Object.defineProperty(a,"_doNotReportToPy",{value:!0}),M.default.relayout(this.el,a)'
+    """
+    return _MARK.sub(r'Object.defineProperty(\1,"_doNotReportToPy",{value:!0}),', code)
+
+
 class Library(anywidget.AnyWidget):
     """The code that draws, as text: a browser gets it once, however many figures there are."""
 
@@ -29,7 +46,7 @@ class Library(anywidget.AnyWidget):
     def shared(cls) -> Library:
         """The one of this kernel; a new one if it was closed."""
         if cls._shared is None or cls._shared.comm is None:
-            cls._shared = cls(code=str(go.FigureWidget._esm))
+            cls._shared = cls(code=without_mark(str(go.FigureWidget._esm)))
         return cls._shared
 
 

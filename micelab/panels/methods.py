@@ -61,8 +61,10 @@ class MethodPanel(Panel):
             raise InputError("the conversions have different layers: show networks of one shape together")
         self.state = View(names[-1], 0, time_steps, layers[0])
         named = [replace(curve, method=name) for name, curve in self.curves.items()]
-        self._curves = figures.accuracy_over_time(named).update_layout(height=400).to_plotly_json()
-        self._marks = [_upright(step) for step in range(1, time_steps + 1)] + [_level(self.ann_accuracy[name]) for name in names]
+        faint = figures.accuracy_over_time(named).update_traces(opacity=0.4)
+        self._curves = faint.update_layout(height=400).to_plotly_json()
+        self._uprights = [_upright(step) for step in range(1, time_steps + 1)]
+        self._levels = [_level(self.ann_accuracy[name]) for name in names] + [_bold(line) for line in self._curves["data"]]
         last = len(images) - 1
         self.method = choice("method", names, names[-1], lambda name: self.choose(replace(self.state, method=name)))
         self.image = slider("image", 0, 0, last, 1, lambda value: self.choose(replace(self.state, image=int(value))))
@@ -71,19 +73,15 @@ class MethodPanel(Panel):
         self.build([self.method, self.image, self.step, self.layer])
 
     def _over_time(self) -> Spec:
-        """All curves, a line for every T and for every ANN, those that are not meant unseen: plotly draws a figure anew where
-        a line moves, but not where one comes to light."""
+        """All curves, faint, and over them a line for every T, every ANN and every method, those that are not meant unseen:
+        plotly draws a figure anew where a line moves or a curve is dimmed, but not where a line comes to light."""
         now, layout = self.state, self._curves["layout"]
         chosen = [name == now.method for name in self.curves]
-        lines = zip(self._curves["data"], chosen, strict=True)
-        seen = [step == now.step for step in range(1, len(self._marks) - len(chosen) + 1)] + chosen
-        shapes = [mark | {"opacity": float(lit)} for mark, lit in zip(self._marks, seen, strict=True)]
+        seen = [step == now.step for step in range(1, len(self._uprights) + 1)] + chosen + chosen
+        marks = zip(self._uprights + self._levels, seen, strict=True)
         notes = [_said(self.ann_accuracy[name]) | {"opacity": float(name == now.method)} for name in self.curves]
-        title = layout["title"] | {"text": f"Over T: {now.method}"}
-        return {
-            "data": [line | {"opacity": 1.0 if lit else 0.3} for line, lit in lines],
-            "layout": layout | {"shapes": shapes, "annotations": notes, "title": title},
-        }
+        shapes = [mark | {"opacity": float(lit)} for mark, lit in marks]
+        return {"data": self._curves["data"], "layout": layout | {"shapes": shapes, "annotations": notes}}
 
     def specs(self) -> list[Spec]:
         now = self.state
@@ -143,6 +141,12 @@ def _level(accuracy: float) -> Spec:
     """A dashed line at the accuracy of an ANN, from edge to edge."""
     look = {"color": TOTAL, "dash": "dash", "width": 1.5}
     return {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": 100 * accuracy, "y1": 100 * accuracy, "line": look}
+
+
+def _bold(curve: Spec) -> Spec:
+    """The curve as a thick line."""
+    points = (f"{x},{y}" for x, y in zip(curve["x"], curve["y"], strict=True))
+    return {"type": "path", "path": "M" + "L".join(points), "line": curve["line"] | {"width": 4}}
 
 
 def _said(accuracy: float) -> Spec:

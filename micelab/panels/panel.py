@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,25 +93,40 @@ def bundle(view: widgets.Widget, png: bytes, text: str, options: dict[str, Any])
 
 
 def redraw(now: go.FigureWidget, before: Spec, after: Spec) -> None:
-    """Brings a shown figure from one plain dict to another of the same traces, in one message of what differs."""
+    """Brings a shown figure from one plain dict to another of the same traces, in one message of what differs.
+
+    Where no trace differs it is a message about the layout: then the browser draws the curves not anew.
+    """
+    pairs = zip(before["data"], after["data"], strict=True)
+    changes = [{key: value for key, value in new.items() if not _same(old.get(key), value)} for old, new in pairs]
+    moved = dict(_layout_changes(before["layout"], after["layout"]))
+    if not any(changes):
+        if moved:
+            now.plotly_relayout(moved)
+        return
     with now.batch_update():
-        for trace, old, new in zip(now.data, before["data"], after["data"], strict=True):
-            changed = {key: value for key, value in new.items() if not _same(old.get(key), value)}
+        for trace, changed in zip(now.data, changes, strict=True):
             for key, value in changed.items():
                 trace[key] = value
-        for key, value in after["layout"].items():
-            old = before["layout"].get(key)
-            if old == value or key == "margin":
-                continue
-            if key == "title":
-                now.layout.title.text = value["text"]
-            elif key in ("shapes", "annotations") and old and len(value) == len(old):  # changed, not made anew
-                for mark, was, will in zip(now.layout[key], old, value, strict=True):
-                    mark.update({part: place for part, place in will.items() if was.get(part) != place})
-            elif isinstance(value, dict) and "range" in value:
-                now.layout[key].range = value["range"]
-            else:
-                now.layout[key] = value
+        for place, value in moved.items():
+            now.layout[place] = value
+
+
+def _layout_changes(before: Spec, after: Spec) -> Iterator[tuple[str, Any]]:
+    """(place in the layout, new value) of what differs, as fine as it can be told: what stays is not made anew."""
+    for key, value in after.items():
+        old = before.get(key)
+        if old == value or key == "margin":
+            continue
+        if key == "title":
+            yield "title.text", value["text"]
+        elif key in ("shapes", "annotations") and old and len(value) == len(old):
+            for number, (was, will) in enumerate(zip(old, value, strict=True)):
+                yield from ((f"{key}[{number}].{part}", place) for part, place in will.items() if was.get(part) != place)
+        elif isinstance(value, dict) and "range" in value:
+            yield f"{key}.range", value["range"]
+        else:
+            yield key, value
 
 
 def _same(old: Any, new: Any) -> bool:
