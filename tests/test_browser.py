@@ -122,6 +122,10 @@ def test_a_tick_restacks_the_errors_and_joint_training_takes_others_along(lesson
 def test_method_image_step_and_layer_move_by_keyboard(lesson):
     for slider, key in enumerate(("ArrowLeft", "ArrowRight", "ArrowLeft")):
         lesson.changes(lambda slider=slider, key=key: lesson.press(slider, key))
+    curves = "document.querySelectorAll('.js-plotly-plot')[2]._fullLayout"
+    lesson.page.evaluate(f"() => {{ window.before = {curves}; }}")
+    lesson.changes(lambda: lesson.press(2, "ArrowLeft"))
+    assert lesson.page.evaluate(f"window.before === {curves}")  # a line came to light and another went: nothing was made anew
     lesson.changes(lambda: lesson.press(3, "ArrowRight"), what=("curves", "drawing"))  # its name stands in the title
     assert "blocks.0.act1" in lesson.page.locator(".js-plotly-plot .gtitle").first.text_content()
 
