@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import is_activation, module_of
 from micelab.joint.plan import Plan
-from micelab.neuron.normed import NormedNeurons
+from micelab.neuron.normed import Gradient, NormedNeurons
 
 
 class Norm(NamedTuple):
@@ -95,9 +95,7 @@ class ThroughTime(torch.autograd.Function):
         norm = Norm(*rest)
         fused = NormedNeurons(z, plus, float(log_theta.exp()), float(v0), ctx.steps, ctx.constant)
         found = fused.gradient(grad, *_affine(norm), norm.mean)
-        of_z, of_weight, of_bias = fused.of_norm(found, norm.weight, norm.slope, norm.mean)
-        of_neurons = found.of_theta.reshape(log_theta.shape), found.of_start.reshape(v0.shape)
-        return of_z, None if plus is None else found.of_current, *of_neurons, None, None, of_weight, of_bias, None, None
+        return _gradients(fused, found, norm, plus, log_theta, v0)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -117,9 +115,16 @@ class StraightThrough(torch.autograd.Function):
         norm = Norm(*rest)
         fused = NormedNeurons(z, plus, float(log_theta.exp()), float(v0), 1, False)
         found = fused.rate_gradient(grad, rate, ctx.levels, *_affine(norm), norm.mean)
-        of_z, of_weight, of_bias = fused.of_norm(found, norm.weight, norm.slope, norm.mean)
-        of_neurons = found.of_theta.reshape(log_theta.shape), found.of_start.reshape(v0.shape)
-        return of_z, None if plus is None else found.of_current, *of_neurons, None, None, of_weight, of_bias, None, None
+        return _gradients(fused, found, norm, plus, log_theta, v0)
+
+
+def _gradients(
+    fused: NormedNeurons, found: Gradient, norm: Norm, plus: Tensor | None, log_theta: Tensor, v0: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of z, plus, log_theta, v0, two plain values, and of the weight and bias of the norm, whose mean and slope are z's."""
+    of_z, of_weight, of_bias = fused.of_norm(found, norm.weight, norm.slope, norm.mean)
+    of_neurons = found.of_theta.reshape(log_theta.shape), found.of_start.reshape(v0.shape)
+    return of_z, None if plus is None else found.of_current, *of_neurons, None, None, of_weight, of_bias, None, None
 
 
 def fire_once(z: Tensor, norm: Norm, theta: Tensor, v0: Tensor, plus: Tensor | None) -> Tensor:
