@@ -251,14 +251,43 @@ class Residual(nn.Module):
         return self.head(self.acts[4](self.norms[4](self.convs[4](y)) + x).mean((2, 3)))
 
 
+class Spread(nn.Module):
+    """Sums in which one current is spread over the other, in both orders, and layers that read a part of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(a, 16, 3, padding=1) for a in (3, 16, 16, 8))
+        self.points = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in self.convs)
+        self.acts = nn.ModuleList(micelab.QuantClip(levels=4, theta=1.5) for _ in self.convs)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.acts[0](self.norms[0](self.convs[0](x)))
+        x = self.acts[1](self.norms[1](self.convs[1](x)) + self.points[0](self.pool(x)))
+        x = self.acts[2](self.norms[2](self.points[1](self.pool(x))) + self.convs[2](x))
+        x = self.acts[3](self.norms[3](self.convs[3](x[:, :8])) + x)
+        return self.head(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize(
-    ("kind", "steps", "taken"), [(SpikesThroughTime, 3, 4), (SpikesInTheLoop, 3, 3), (SpikesInTheLoop, 1, 4)]
+    ("make", "kind", "steps", "taken"),
+    [
+        (Residual, SpikesThroughTime, 3, 4),
+        (Residual, SpikesInTheLoop, 3, 3),
+        (Residual, SpikesInTheLoop, 1, 4),
+        (Spread, SpikesThroughTime, 3, 4),
+        (Spread, SpikesThroughTime, 1, 4),
+        (Spread, SpikesInTheLoop, 3, 3),
+        (Spread, SpikesInTheLoop, 1, 4),
+    ],
 )
-def test_a_network_learns_the_same_with_both_in_one_pass(kind, steps, taken, monkeypatch):
+def test_a_network_learns_the_same_with_both_in_one_pass(make, kind, steps, taken, monkeypatch):
     if compiled.shared_library() is None:
         pytest.skip("no C compiler is here")
     torch.manual_seed(5)
-    start = prepare(Residual(), steps).to(memory_format=torch.channels_last).train()
+    start = prepare(make(), steps).to(memory_format=torch.channels_last).train()
     images = torch.rand(6, 3, 11, 11).contiguous(memory_format=torch.channels_last)
     calls, found = [], []
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import is_activation, module_of
@@ -68,14 +69,20 @@ class TakesAlong(LayerRunner):
         return found, variance
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The sum of such a batch-norm and another current is left to the activation too."""
+        """The sum of such a batch-norm and another current is left to the activation too, if they have one shape."""
         activation = next(iter(self.node.users), None)
-        sources = [self.plan.normed.get(cast(Any, source)) is self.node for source in self.node.args]
-        if activation not in self.taken or True not in sources:
+        found = [isinstance(source, fx.Node) and self.plan.normed.get(source) is self.node for source in self.node.args]
+        if activation not in self.taken or True not in found:
             return super().call_function(target, args, kwargs)
-        normed = sources.index(True)
-        self.taken[activation] = self.taken[activation][0], args[1 - normed]
-        return args[normed]
+        normed = found.index(True)
+        z, plus = args[normed], args[1 - normed]
+        if isinstance(plus, Tensor) and plus.shape == z.shape:
+            self.taken[activation] = self.taken[activation][0], plus
+            return z
+        norm, _ = self.taken.pop(activation)  # one of them is spread over the other: batch-norm is done after all
+        eps = module_of(self.traced, str(cast(fx.Node, self.node.args[normed]).target)).eps
+        said = F.batch_norm(z, None, None, norm.weight, norm.bias, True, eps=eps)
+        return super().call_function(target, (said, plus) if normed == 0 else (plus, said), kwargs)
 
 
 class ThroughTime(torch.autograd.Function):
