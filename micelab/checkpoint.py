@@ -64,7 +64,8 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
         raise CheckpointError(
             f"{type(model).__name__} has no `spec` to rebuild it from: use micelab.resnet20 or micelab.small_cnn, or torch.save"
         )
-    path = Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")  # "lr0.1" is no ending
     tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
     write_tensors(path, tensors, {"spec": spec, "card": card or {}})
     if card:

@@ -99,7 +99,11 @@ class LayerErrors:
     @property
     def relative(self) -> float:
         """rms of the total over the signal: 0 is perfect, 1 as wrong as silence."""
-        return self.total.rms / self.signal if self.signal else 0.0
+        return self.share("total")
+
+    def share(self, kind: str) -> float:
+        """rms of one term, or of the "total", over the signal; 0 where there is none."""
+        return float(getattr(self, kind).rms) / self.signal if self.signal else 0.0
 
     def own(self) -> dict[str, float]:
         """Mean square of the errors that arise in this layer and that the ANN was not trained with."""

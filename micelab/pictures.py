@@ -61,4 +61,4 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
 def relative_errors(table: ErrorTable) -> dict[str, list[float]]:
     """Each term's rms over the layer's signal, layer by layer."""
     layers = table.layers.values()
-    return {kind: [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for layer in layers] for kind in KINDS}
+    return {kind: [layer.share(kind) for layer in layers] for kind in KINDS}

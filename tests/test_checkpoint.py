@@ -37,6 +37,14 @@ def test_a_network_comes_back_as_it_was_saved(tmp_path, saved):
     assert torch.equal(back(images), net(images))
 
 
+def test_a_name_with_a_dot_keeps_all_of_it(tmp_path):
+    first, second = (checkpoint.save(network(), tmp_path / f"lr0.{n}", {"n": n}) for n in (1, 2))
+    assert [file.name for file in (first, second)] == ["lr0.1.safetensors", "lr0.2.safetensors"]
+    assert checkpoint.load(tmp_path / "lr0.1").card == {"n": 1}
+    assert checkpoint.load(checkpoint.save(network(), tmp_path / "whole.safetensors", {"n": 3})).card == {"n": 3}
+    assert (tmp_path / "lr0.2.json").exists()
+
+
 def test_the_card_comes_back_and_lies_beside_the_network_for_people_to_read(tmp_path, saved):
     assert checkpoint.load(saved).card == json.loads((tmp_path / "net.json").read_text()) == {"seed": 0}
 

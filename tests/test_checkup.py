@@ -110,6 +110,11 @@ def broken():
     return net
 
 
+def unfoldable():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(3), nn.ReLU())  # of other channels: it could not run either
+    return net.eval()
+
+
 class Two(nn.Module):
     """Takes two inputs, gives two outputs."""
 
@@ -140,6 +145,7 @@ class Free(nn.Module):
         (Free, ["uses its parameter", "writes into a part", "multiplies two", "stays active"]),
         (lambda: nn.Sequential(nn.Linear(4, 2)), ["nothing to convert"]),
         (lambda: nn.Sequential(nn.LSTM(4, 2)), ["nn.LSTM"]),
+        (unfoldable, ["cannot be made plain layers"]),
     ],
 )
 def test_rarer_problems_are_reported_too(make, wanted):

@@ -144,6 +144,46 @@ def test_a_method_that_does_not_fit_the_network_says_which_layer_and_what_to_do(
     assert "no trained bound" in result.output
 
 
+def test_a_calibrating_method_that_fits_no_network_is_said_too(tmp_path):
+    micelab.save(micelab.small_cnn(activation="spike_clip", levels=2), tmp_path / "joint", {"dataset": "digits"})
+    for method in ("mse", "tcl"):
+        result = run("evaluate", tmp_path / "joint.safetensors", "--method", method, "--limit", 10)
+        assert result.exit_code == 2
+        assert f"method '{method}' takes none of these networks (small_cnn (width 16), spike_clip levels=2)" in result.output
+
+
+def test_networks_of_different_data_are_not_measured_on_the_first_ones(tmp_path):
+    for name, data in (("a", "digits"), ("b", "cifar10")):
+        micelab.save(micelab.small_cnn(activation="relu" if name == "a" else "quant_clip"), tmp_path / name, {"dataset": data})
+    for words in (("evaluate",), ("explain", "--before")):
+        result = run(words[0], tmp_path / "a.safetensors", *words[1:], tmp_path / "b.safetensors")
+        assert result.exit_code == 2
+        assert "trained on different data" in result.output
+        assert "b.safetensors on cifar10" in result.output
+
+
+@pytest.mark.parametrize("stored", ["{", "[]", '{"results": 1}', '{"results": {}, "dataset": "cifar10"}'])
+def test_what_cannot_be_added_to_is_refused_before_anything_is_measured(stored, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "out.json").write_text(stored)
+    monkeypatch.setattr("micelab.report.compare.compare", lambda *_, **__: pytest.fail("measured"))
+    result = run("evaluate", checkpoint, "--limit", 10, "--out", tmp_path / "out.json")
+    assert result.exit_code == 2
+    assert "choose another --out" in result.output
+    assert (tmp_path / "out.json").read_text() == stored
+
+
+def test_the_data_of_a_checkpoint_is_what_its_recipe_names():
+    from micelab.cli.networks import dataset_of
+
+    model = micelab.small_cnn()
+    model.card = {"dataset": "flowers", "recipe": {"dataset": "pictures/flowers"}}
+    assert dataset_of({"mine": model}, None) == "pictures/flowers"
+    assert dataset_of({"mine": model}, "digits") == "digits"
+    model.card = {}
+    with pytest.raises(micelab.MicelabError, match="mine does not say which data"):
+        dataset_of({"mine": model}, None)
+
+
 def test_a_spiking_network_is_not_evaluated_as_if_it_were_trained(checkpoint, tmp_path):
     run("convert", checkpoint, "--out", tmp_path / "spiking")
     result = run("evaluate", tmp_path / "spiking.safetensors")

@@ -38,8 +38,9 @@ def seeded(make):
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 2)
-            module.bias.data.normal_()
+            if module.affine:
+                module.weight.data.uniform_(0.5, 2)
+                module.bias.data.normal_()
     return net
 
 
@@ -60,9 +61,12 @@ LAYERS = {
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU()),
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
     "one-dimensional": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.AvgPool1d(2)),
+    "given by name": lambda: Net(lambda m, x: m.act(input=m.bn(input=m.conv(x))), bn=nn.BatchNorm2d(4), act=nn.ReLU()),
     "several": lambda: nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()] * 3),
 }
 KEPT = {
+    "without weight": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.BatchNorm1d(5, affine=False), nn.ReLU()),
+    "of sequences": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 6), nn.BatchNorm1d(4), nn.ReLU()),
     "grouped transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU()),
     "depthwise transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()),
     "before any weights": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),

@@ -70,10 +70,19 @@ class Branches(nn.Module):
         return self.head(self.act_d(self.norm1(self.linear(self.drop(x.flatten(1))))))
 
 
+class Plain(Branches):
+    """The same with batch-norms that have no weight and no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.norm1 = nn.BatchNorm2d(16, affine=False), nn.BatchNorm1d(12, affine=False)
+
+
 NETWORKS = {
     "small_cnn": (lambda: micelab.small_cnn(width=8, activation="quant_clip", theta=0.8), (1, 8, 8)),
     "resnet20": (lambda: micelab.resnet20(width=8, activation="quant_clip", theta=0.8), (3, 16, 16)),
     "branches": (Branches, (3, 4, 4)),
+    "plain batch-norm": (Plain, (3, 4, 4)),
 }
 
 

@@ -1,6 +1,7 @@
 """Thresholds against NumPy, and the registry that new methods join."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -29,6 +30,14 @@ def observed(v0=0.5, steps=4, percentile=99.0, activation=None):
 def test_max_takes_the_largest_activation():
     seen = observed()
     np.testing.assert_array_equal(seen.samples.numpy().max(1), methods.highest(seen).numpy())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_percentile_has_the_type_of_the_network(kind):
+    seen = replace(observed(), samples=observed().samples.to(kind))
+    found = methods.percentile(seen)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), methods.percentile(observed()), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("percent", [50.0, 99.0, 99.9, 100.0])

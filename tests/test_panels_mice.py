@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_every_corner_of_the_methods_panel_shows_its_own_numbers(conversions):
         assert [note.text for note in panel.drawn[2].layout.annotations if note.opacity] == [f"ANN {100 * anns[name]:.1f} %"]
         assert f"{100 * anns[name]:.1f} %" in panel.numbers.value
         assert panel.truth() == classes[int(labels[image])]
+
+
+def test_the_line_of_a_method_with_hidden_steps_stands_at_its_true_steps(conversions):
+    snns, curves, *rest = conversions
+    hidden = {name: replace(curve, hidden_steps=4 * (name == "qcfs")) for name, curve in curves.items()}
+    panel = MethodPanel(snns, hidden, *rest, time_steps=4)
+    for method, name in enumerate(snns):
+        for step in (1, 4):
+            panel.method.set_state({"index": method})
+            panel.step.set_state({"value": step})
+            upright = next(shape for shape in panel.drawn[2].layout.shapes if shape.opacity)
+            assert upright.x0 == upright.x1 == step + hidden[name].hidden_steps
 
 
 def test_a_move_of_the_methods_panel_is_quick(conversions):

@@ -129,3 +129,15 @@ def test_other_images_than_those_it_was_recorded_for_are_refused():
         answer(torch.rand(1, 3, 12, 12))
     with pytest.raises(micelab.MicelabError, match="float tensor"):
         converted().recorded("an image")
+    for wrong, why in ((torch.zeros(2, 3, 12, 12, dtype=torch.uint8), r"images.float\(\) / 255"), ([1], "images are a list")):
+        with pytest.raises(micelab.MicelabError, match=why):
+            answer(wrong)
+
+
+def test_where_it_is_recorded_does_not_matter(graphs):
+    snn, images = converted(), torch.rand(2, 3, 12, 12)
+    with torch.inference_mode():
+        answer = snn.recorded(images)
+        inside = answer(images)
+    assert torch.equal(answer(images), inside)
+    assert torch.equal(inside, snn(images))

@@ -59,6 +59,35 @@ def test_several_networks_of_one_kind_are_told_apart_by_the_row():
         rows([micelab.small_cnn(activation="quant_clip"), micelab.small_cnn(activation="quant_clip")])
 
 
+def test_networks_that_share_a_method_have_a_page_with_every_one_of_them(tmp_path):
+    nets = rows([micelab.small_cnn(activation="spike_clip", levels=levels) for levels in (2, 4)])
+    both = compare(nets, micelab.load_data("digits"), time_steps=(1, 2), explain_at=2, limit=40, error_images=20)
+    assert [row.curve.method for row in both.results.values()] == ["mice T=2", "mice T=4"]
+    text = write_report(tmp_path / "page.html", both, "test").read_text()
+    for name in nets:
+        assert f"<summary>{name}</summary>" in text
+        assert f"ANN {name}" in text or len({row.ann_accuracy for row in both.results.values()}) == 1
+    assert text.count("<li><b>mice</b>: ") == 1
+
+
+def test_a_network_of_other_classes_is_refused_before_anything_is_measured():
+    with pytest.raises(micelab.MicelabError, match=r"row 'qcfs' tells 7 classes apart, digits has 10"):
+        compare({"qcfs": micelab.small_cnn(activation="quant_clip", num_classes=7)}, micelab.load_data("digits"))
+
+
+def test_a_method_with_a_choice_for_each_step_is_made_for_the_longest_run(monkeypatch):
+    made = []
+    own = micelab.report.compare.convert
+    monkeypatch.setattr(
+        "micelab.report.compare.convert", lambda *given, **more: made.append(more["time_steps"]) or own(*given, **more)
+    )
+    net = micelab.small_cnn(activation="quant_clip")
+    data = micelab.load_data("digits")
+    compare({"step_bias": net}, data, time_steps=(1, 2), explain_at=4, limit=20, error_images=10, points=False)
+    compare({"step_bias": net}, data, time_steps=(1, 8), explain_at=4, limit=20, error_images=10, points=False)
+    assert made == [4, 8]
+
+
 def test_stored_rows_are_kept_and_renewed_but_not_mixed_with_others(result):
     old = result.to_dict()
     new = {**old, "results": {"max": {"renewed": True}, "mice": {"added": True}}}

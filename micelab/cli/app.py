@@ -16,7 +16,7 @@ from micelab.exceptions import InputError, MicelabError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 DatasetOption = Annotated[str, typer.Option(help="digits (embedded), cifar10, cifar100, or the path of a folder of images.")]
-FolderOption = Annotated[Path | None, typer.Option("--data", help="Folder of CIFAR and runs [$MICELAB_DATA, else data/].")]
+FolderOption = Annotated[Path | None, typer.Option("--data", help="Folder of CIFAR [$MICELAB_DATA, else data/].")]
 StepsOption = Annotated[str, typer.Option("--time-steps", help="Numbers of time-steps, such as 1,2,4,8.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
 CalibrationOption = Annotated[int, typer.Option(min=1, help="Training images that thresholds are set from.")]

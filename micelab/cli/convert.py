@@ -40,7 +40,7 @@ def convert(
     method = method or natural(ann)
     images = None
     if micelab.methods.get(method).needs_images:
-        images = to_float(load_data(dataset_of(ann, dataset), data).train.images[:calibration_images])
+        images = to_float(load_data(dataset_of({checkpoint: ann}, dataset), data).train.images[:calibration_images])
     snn = micelab.convert(ann, method, images, time_steps=time_steps, per_channel=per_channel, v0=v0, signed=signed)
     path = micelab.save(snn, out, {"from": checkpoint, "method": method, "command": typed()})
     typer.echo(f"{path}: {len(snn.neurons)} spiking layers, method {method}, made for T = {time_steps}")

@@ -41,7 +41,8 @@ def demo(
     networks = _train_digits(found, seed, quiet=as_json) if dataset == "digits" else _shipped(dataset)
     if dataset != "digits" and limit is None:
         limit = 1000
-        tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
+        if not as_json:
+            tables.say(f"The first {limit:,} test images; `--limit {len(found.test)}` takes all.")
     result = compare(rows(networks), found, time_steps=steps, limit=limit, progress=True, command=typed())
     show(result, report, as_json)
 

@@ -47,13 +47,18 @@ def evaluate(
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
     from micelab.checkpoint import write_whole
     from micelab.data import load_data
-    from micelab.report.compare import compare, drawable, merged
+    from micelab.report.compare import ERROR_IMAGES, check_alike, compare, drawable, merged
 
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is unknown: choose validation or test")
-    networks, first = _loaded(checkpoints, method)
-    earlier = json.loads(out.read_text()) if out is not None and out.exists() else None
-    found = load_data(dataset_of(first, dataset), data)
+    networks, loaded = _loaded(checkpoints, method)
+    earlier = _stored(out) if out is not None and out.exists() else None
+    found = load_data(dataset_of(loaded, dataset), data)
+    images = len(found.split(split).head(limit))  # type: ignore[arg-type]
+    errors_over = min(ERROR_IMAGES, images)
+    if earlier is not None:  # before hours of measuring
+        measured = {"dataset": found.name, "split": split, "images": images, "error_images": errors_over}
+        check_alike(earlier, measured | {"errors_at_time_steps": explain_at})
     result = compare(
         networks,
         found,
@@ -61,6 +66,7 @@ def evaluate(
         parsed_steps(time_steps),
         explain_at,
         limit,
+        errors_over,
         calibration_images=calibration_images,
         progress=True,
         command=typed(),
@@ -95,15 +101,16 @@ def explain(
     from micelab.data import load_data
     from micelab.report.compare import compare, natural
 
-    networks, ann = _loaded([checkpoint], [method or natural(trained(checkpoint))])
+    networks, loaded = _loaded([checkpoint], [method or natural(trained(checkpoint))])
     first = None
     if before is not None:
-        earlier, _ = _loaded([before], [natural(trained(before))])
+        earlier, more = _loaded([before], [natural(trained(before))])
+        loaded = loaded | more
         (first, old), (name, new) = *earlier.items(), *networks.items()
         if first == name:
             first, name = f"{first} before", f"{name} after"
         networks = {first: old, name: new}
-    found = load_data(dataset_of(ann, dataset), data)
+    found = load_data(dataset_of(loaded, dataset), data)
     steps = tuple(t for t in (1, 2, 4, 8, 16, 32) if t < time_steps) + (time_steps,)
     result = compare(
         networks,
@@ -121,15 +128,33 @@ def explain(
     show(result, report, as_json)
 
 
-def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], Any]:
-    """(network of every row, first network): methods by the activation that each network was trained with."""
+def _stored(out: Path) -> dict[str, Any]:
+    """The results of an earlier run in that file."""
+    try:
+        found = json.loads(out.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{out} cannot be read as results ({error}): choose another --out") from error
+    if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
+        raise InputError(f"{out} does not hold results of `micelab evaluate`: choose another --out")
+    return found
+
+
+def _loaded(checkpoints: list[str], chosen: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(network of every row, networks by checkpoint): methods by the activation that each network was trained with."""
     import micelab
+    from micelab.models import describe
     from micelab.report.compare import rows
 
-    loaded = [trained(name) for name in checkpoints]
-    networks = rows(loaded)
-    wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen or []}
+    loaded = {name: trained(name) for name in checkpoints}
+    networks = rows(list(loaded.values()))
+    if not chosen:
+        return networks, loaded
+    wanted = {name: [row for row in networks if row.split(" ")[0] == micelab.methods.get(name).name] for name in chosen}
     for name, found in wanted.items():
         if not found:
-            micelab.convert(loaded[0], name)  # says why this method cannot take this network
-    return ({row: networks[row] for found in wanted.values() for row in found} if chosen else networks), loaded[0]
+            if not micelab.methods.get(name).calibrates:
+                micelab.convert(next(iter(loaded.values())), name)  # says which layer is not what it takes
+            given = "; ".join(describe(network.spec) for network in loaded.values())
+            fits = micelab.methods.get(name).trained_with
+            raise InputError(f"method {name!r} takes none of these networks ({given}): give one trained with {fits}")
+    return {row: networks[row] for found in wanted.values() for row in found}, loaded

@@ -22,12 +22,21 @@ def trained(name: str) -> Any:
     return model
 
 
-def dataset_of(model: Any, given: str | None) -> str:
-    """The data set that was named, or else the one that the network was trained on."""
-    name = given or getattr(model, "card", {}).get("dataset")
-    if not name:
-        raise InputError("the checkpoint does not say which data it was trained on: name it with --dataset")
-    return str(name)
+def dataset_of(networks: dict[str, Any], given: str | None) -> str:
+    """The data set that was named, or else the one that all these networks, by checkpoint, were trained on."""
+    if given:
+        return given
+    cards = {name: getattr(network, "card", {}) for name, network in networks.items()}
+    known = {name: card.get("recipe", {}).get("dataset") or card.get("dataset") for name, card in cards.items()}
+    for name, dataset in known.items():
+        if not dataset:
+            raise InputError(f"{name} does not say which data it was trained on: name it with --dataset")
+    if len(set(known.values())) > 1:
+        said = ", ".join(f"{name} on {dataset}" for name, dataset in known.items())
+        raise InputError(
+            f"these networks were trained on different data ({said}): measure them apart, or name one with --dataset"
+        )
+    return str(next(iter(known.values())))
 
 
 def show(result: Any, report: Path | None, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from micelab.exceptions import ConversionError, InputError
+from micelab.exceptions import ConversionError, InputError, first_line
 from micelab.graph.affine import BATCH_NORMS, WEIGHTED, becomes_neurons, call_name, check_module, is_dropout, is_size
 from micelab.graph.runner import LayerRunner, check_images
 from micelab.graph.tracing import as_graph, check_numbers, make_plain, own_copy, trace
@@ -196,7 +196,9 @@ def _by_running(model: nn.Module, images: Tensor | None) -> list[Finding]:
     except (ConversionError, InputError) as error:
         return [_problem(_layer_of(error), name, error)]
     except Exception as error:
-        text = f"{name} cannot run on images of shape {tuple(images.shape)} ({error})"  # type: ignore[union-attr]
+        if images is None:
+            return [_problem("the network", name, ConversionError(f"{name} cannot be made plain layers ({first_line(error)})"))]
+        text = f"{name} cannot run on images of shape {tuple(images.shape)} ({error})"
         return [_problem("the network", name, InputError(f"{text}: give images of the shape that it was trained with"))]
     if torch.allclose(said, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
         return []

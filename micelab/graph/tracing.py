@@ -91,6 +91,9 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
             f"{where} cannot be read as a fixed graph of layers ({first_line(error)}): it decides by the values of its "
             "tensors or takes more than images: move that outside the network"
         ) from error
+    for node in graph.nodes:
+        if node.op == "call_module" and not node.args and len(node.kwargs) == 1:  # act(input=x) is act(x)
+            node.args, node.kwargs = tuple(node.kwargs.values()), {}
     return fx.GraphModule(tracer.root, graph)
 
 
@@ -261,6 +264,8 @@ def _fold_batch_norm(traced: fx.GraphModule) -> None:
             continue
         weighted, norm = traced.get_submodule(before.target), cast(Any, traced.get_submodule(node.target))
         if isinstance(weighted, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+            if weighted.out_features != norm.num_features or norm.weight is None:
+                continue  # of [N, L, F] batch-norm takes L for the channels, and torch folds none without a weight
             folded: nn.Module = fuse_linear_bn_eval(weighted, norm)
         elif isinstance(weighted, CONVOLUTIONS) or (isinstance(weighted, TRANSPOSED) and weighted.groups == 1):
             folded = fuse_conv_bn_eval(weighted, norm, transpose=isinstance(weighted, TRANSPOSED))

@@ -188,12 +188,14 @@ class _Mean(TakesAlong):
     @torch.no_grad()
     def _fold(self, norm: Any, mean: Tensor, variance: Tensor) -> None:
         before = self.plan.weighted.get(self.node)
+        weight = torch.ones_like(variance) if norm.weight is None else norm.weight
+        bias = torch.zeros_like(variance) if norm.bias is None else norm.bias
         if before is None:
-            scale = norm.weight * torch.rsqrt(variance + norm.eps)
-            self.affine[self.node] = (scale, norm.bias - mean * scale)
+            scale = weight * torch.rsqrt(variance + norm.eps)
+            self.affine[self.node] = (scale, bias - mean * scale)
         else:
             fuse = fuse_linear_bn_weights if isinstance(before, nn.Linear) else fuse_conv_bn_weights
-            self.affine[self.node] = fuse(before.weight, before.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+            self.affine[self.node] = fuse(before.weight, before.bias, mean, variance, norm.eps, weight, bias)
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         log_theta, v0 = scale_gradients(module, z)

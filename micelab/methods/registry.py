@@ -91,7 +91,8 @@ def highest(seen: Observation) -> Tensor:
 
 def percentile(seen: Observation) -> Tensor:
     """theta = the p-th percentile of relu(z), 99.9 by default: single outliers no longer slow the layer down."""
-    return torch.quantile(seen.samples.clamp(min=0), seen.percentile / 100, dim=1)
+    wide = seen.samples.to(torch.promote_types(seen.samples.dtype, torch.float32))  # quantile knows no half precision
+    return torch.quantile(wide.clamp(min=0), seen.percentile / 100, dim=1).to(seen.samples.dtype)
 
 
 def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:

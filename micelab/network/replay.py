@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from micelab.exceptions import InputError
+from micelab.graph.runner import check_images
 
 WARM_UP = 3
 """Runs before the recording, as torch asks for: in them libraries choose their algorithms and Triton compiles."""
@@ -23,13 +24,17 @@ class Replay:
     """
 
     def __init__(self, network: nn.Module, images: Tensor, walk: Callable[[Tensor], Tensor]):
-        self.network, self.walk, self.images = network, walk, images.clone()
+        self.network, self.walk = network, walk
+        with torch.inference_mode(False):  # wherever it is recorded, it may be written into later
+            self.images = images.clone()
         self.places, self.graph = self._places(), None
         if recordable(images.device):
             self.graph, self.logits = record(lambda: walk(self.images))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Mean logits after the last step, [N, classes]."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            check_images(images)  # says what is wrong
         if (images.shape, images.device) != (self.images.shape, self.images.device):
             given, own = (f"{tuple(each.shape)} on {each.device}" for each in (images, self.images))
             raise InputError(f"images are {given}, and the simulation was recorded for {own}: record one for them")

@@ -63,7 +63,8 @@ class MethodPanel(Panel):
         named = [replace(curve, method=name) for name, curve in self.curves.items()]
         faint = figures.accuracy_over_time(named).update_traces(opacity=0.4)
         self._curves = faint.update_layout(height=400).to_plotly_json()
-        self._uprights = [_upright(step) for step in range(1, time_steps + 1)]
+        steps = range(1, time_steps + 1)
+        self._true = sorted({curve.true(step) for curve in self.curves.values() for step in steps})
         self._levels = [_level(self.ann_accuracy[name]) for name in names] + [_bold(line) for line in self._curves["data"]]
         last = len(images) - 1
         self.method = choice("method", names, names[-1], lambda name: self.choose(replace(self.state, method=name)))
@@ -77,8 +78,8 @@ class MethodPanel(Panel):
         plotly draws a figure anew where a line moves or a curve is dimmed, but not where a line comes to light."""
         now, layout = self.state, self._curves["layout"]
         chosen = [name == now.method for name in self.curves]
-        seen = [step == now.step for step in range(1, len(self._uprights) + 1)] + chosen + chosen
-        marks = zip(self._uprights + self._levels, seen, strict=True)
+        seen = [true == self.curves[now.method].true(now.step) for true in self._true] + chosen + chosen
+        marks = zip([_upright(true) for true in self._true] + self._levels, seen, strict=True)
         notes = [_said(self.ann_accuracy[name]) | {"opacity": float(name == now.method)} for name in self.curves]
         shapes = [mark | {"opacity": float(lit)} for mark, lit in marks]
         return {"data": self._curves["data"], "layout": layout | {"shapes": shapes, "annotations": notes}}
@@ -132,7 +133,7 @@ class MethodPanel(Panel):
 
 
 def _upright(step: int) -> Spec:
-    """A dotted line at T = `step`."""
+    """A dotted line at so many true steps."""
     look = {"color": CHOSEN, "dash": "dot"}
     return {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper", "line": look}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +22,8 @@ from micelab.models import describe
 from micelab.train.run import accuracy
 
 TIME_STEPS = (1, 2, 4, 8, 16, 32)
+ERROR_IMAGES = 256
+"""Errors and energy are means over so many images."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def compare(
     time_steps: Sequence[int] = TIME_STEPS,
     explain_at: int = 8,
     limit: int | None = None,
-    error_images: int = 256,
+    error_images: int = ERROR_IMAGES,
     calibration_images: int = 256,
     points: bool = True,
     progress: bool = False,
@@ -126,11 +130,13 @@ def compare(
     images = to_float(chosen.images[:error_images])
     accuracies: dict[int, float] = {}
     results = {}
+    for name, ann in networks.items():
+        _check_classes(name, ann, data)
     for name, ann in tqdm(networks.items(), desc="methods", disable=not progress, leave=False):
         if id(ann) not in accuracies:
             accuracies[id(ann)] = accuracy(ann, chosen)
         method = name.split(" ")[0]
-        made_for = max(time_steps) if methods.get(method).each_step else explain_at
+        made_for = max(*time_steps, explain_at) if methods.get(method).each_step else explain_at
         snn = convert(ann, method, calibration, **{"time_steps": made_for} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
         curve = accuracy_curve(snn, batches, time_steps)
@@ -138,8 +144,8 @@ def compare(
         results[name] = MethodResult(
             network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
             ann_accuracy=accuracies[id(ann)],
-            curve=curve,
-            errors=error_breakdown(ann, snn, images, explain_at),
+            curve=replace(curve, method=name),
+            errors=replace(error_breakdown(ann, snn, images, explain_at), method=name),
             points=lost_points(ann, snn, chosen.batches(), explain_at, known) if points else None,
             energy=energy(snn, images, explain_at),
             size=size(ann, data.shape),
@@ -147,6 +153,16 @@ def compare(
             command=command,
         )
     return Comparison(data.name, split, len(chosen), len(images), explain_at, results, before)
+
+
+def _check_classes(row: str, network: nn.Module, data: ImageData) -> None:
+    with torch.inference_mode():
+        found = copy.deepcopy(network).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1]
+    if found != len(data.classes):
+        raise InputError(
+            f"the network of row {row!r} tells {found} classes apart, {data.name} has {len(data.classes)}: leave it out, or "
+            "measure it on the data it was trained on"
+        )
 
 
 def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -199,11 +215,16 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises InputError where they were not measured alike: on the same images, with errors at the same T.
     """
+    check_alike(old, new)
+    return {**new, "results": {**old["results"], **new["results"]}}
+
+
+def check_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises InputError where rows measured as `new` says cannot stand beside those of `old`; both as in `to_dict`."""
     alike = ("dataset", "split", "images", "error_images", "errors_at_time_steps")
     differ = [f"{key} {old.get(key)} there, {new[key]} now" for key in alike if old.get(key) != new[key]]
     if differ:
         raise InputError(f"the results stored there were measured otherwise ({'; '.join(differ)}): choose another --out")
-    return {**new, "results": {**old["results"], **new["results"]}}
 
 
 def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable, float]:

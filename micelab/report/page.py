@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import count
@@ -14,6 +13,7 @@ from micelab.checkpoint import write_whole
 from micelab.errors import KINDS
 from micelab.metrics import ENERGY_ASSUMPTIONS
 from micelab.report.compare import Comparison, MethodResult
+from micelab.still import as_html
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
@@ -66,7 +66,7 @@ def write_report(path: str | Path, result: Comparison, command: str) -> Path:
 def _page(result: Comparison, command: str) -> str:
     rows = result.results
     best = result.best().curve.method
-    anns = {f"ANN {row.network.split('), ')[-1].split()[0]}": row.ann_accuracy for row in rows.values()}
+    anns = _anns(rows)
     only = next(iter(anns.values())) if len(anns) == 1 else None
     curves = figures.accuracy_over_time([row.curve for row in rows.values()], anns if only is None else only)
     number = count(1)
@@ -114,6 +114,18 @@ def _page(result: Comparison, command: str) -> str:
     head += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
     body = f"<main>{''.join(parts)}</main><script>{_SCRIPT}</script>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def _anns(rows: dict[str, MethodResult]) -> dict[str, float]:
+    """Accuracy of every ANN, named for its activation, or for its row where several have that."""
+    kinds: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        kinds.setdefault(row.network.split("), ")[-1].split()[0], {})[name] = row.ann_accuracy
+    found: dict[str, float] = {}
+    for kind, members in kinds.items():
+        alone = len(set(members.values())) == 1
+        found |= {f"ANN {kind if alone else name}": value for name, value in members.items()}
+    return found
 
 
 def _figure(figure: Any, number: int) -> str:
@@ -175,12 +187,12 @@ def _method_section(name: str, row: MethodResult, time_steps: int, bars: str, op
     headings = ["layer", "theta", *KINDS, "total", "over-firing", "under-firing", "saturated"]
     lines = []
     for layer, errors in row.errors.layers.items():
-        shares = [getattr(errors, kind).rms / errors.signal if errors.signal else 0.0 for kind in (*KINDS, "total")]
+        shares = [errors.share(kind) for kind in (*KINDS, "total")]
         shares += [errors.over_firing, errors.under_firing, errors.saturated]
         lines.append([layer, f"{errors.theta:.3g}", *[f"{100 * share:.1f}" for share in shares]])
     table = _table(headings, lines)
     note = "<p class=small>Errors: root-mean-square in % of the layer's signal. Shares of neurons in %.</p>"
-    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(row.errors.words()))
+    words = as_html(row.errors.words())
     state = " open" if opened else ""
     true = row.curve.true(time_steps)
     spent = f" ({true} true steps)" if true != time_steps else ""
@@ -200,8 +212,9 @@ def _energy_table(rows: dict[str, MethodResult], time_steps: int) -> str:
 
 
 def _sources(rows: dict[str, MethodResult]) -> str:
+    used = dict.fromkeys(name.split(" ")[0] for name in rows)
     items = "".join(
-        f"<li><b>{escape(name)}</b>: {escape(methods.get(name).source)}</li>" for name in rows if name in methods.METHODS
+        f"<li><b>{escape(name)}</b>: {escape(methods.get(name).source)}</li>" for name in used if name in methods.METHODS
     )
     note = (
         "MiCE (Ho &amp; Chang, IEEE JETCAS 2023), which trains all three errors away together, is what micelab is built towards; "

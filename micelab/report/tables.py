@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from micelab import methods
 from micelab.data import ImageData
 from micelab.errors import KINDS, ErrorTable
 from micelab.metrics import ENERGY_ASSUMPTIONS
@@ -80,7 +79,7 @@ def error_table(errors: ErrorTable) -> Table:
     for heading in ("layer", "theta", *KINDS, "total", "over-fire", "under-fire", "saturated"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for name, layer in errors.layers.items():
-        shares = [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for kind in (*KINDS, "total")]
+        shares = [layer.share(kind) for kind in (*KINDS, "total")]
         shares += [layer.over_firing, layer.under_firing, layer.saturated]
         table.add_row(name, f"{layer.theta:.3g}", *[f"{100 * share:.1f} %" for share in shares])
     return table
@@ -94,15 +93,10 @@ def before_and_after(before: ErrorTable, after: ErrorTable) -> Table:
     for name, old in before.layers.items():
         shares = []
         for layer in (old, after.layers[name]):
-            of_signal = [getattr(layer, kind).rms / layer.signal if layer.signal else 0.0 for kind in (*KINDS, "total")]
+            of_signal = [layer.share(kind) for kind in (*KINDS, "total")]
             shares.append([*of_signal, layer.over_firing, layer.under_firing])
         table.add_row(name, *[f"{100 * a:.0f} -> {100 * b:.0f} %" for a, b in zip(*shares, strict=True)])
     return table
-
-
-def method_list() -> str:
-    """The registered methods with their sources, a line each."""
-    return "\n".join(f"{method.name}: {method.title} ({method.source})" for method in methods.METHODS.values())
 
 
 def data_words(data: ImageData) -> str:
