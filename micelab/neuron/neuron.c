@@ -4,7 +4,7 @@
    every step). theta and start repeat after theta_period and start_period neurons (1: one number for all). plus: a second
    current that is added first, or NULL. count: where the sums of spikes go, or NULL. out may be current or plus itself.
    half: currents and out are bfloat16; membranes, thresholds and counts are float in any case.
-   Compiled without contraction, so that every sum and product is rounded as the loop in micelab/neuron.py rounds it. */
+   Compiled without contraction, so that every sum and product is rounded as the loop in micelab/neuron/firing.py rounds it. */
 
 #include <stdint.h>
 #include <string.h>
