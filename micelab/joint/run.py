@@ -26,7 +26,7 @@ from micelab.joint.through_time import SpikesThroughTime
 from micelab.metrics import accuracy_curve
 from micelab.train.batches import mix
 from micelab.train.recipe import JointConfig
-from micelab.train.run import Run, accuracy, carry_out
+from micelab.train.run import Run, accuracy, carry_out, classes_told
 
 
 def prepare(model: nn.Module, time_steps: int = 8) -> Any:
@@ -97,13 +97,10 @@ class _JointRun(Run):
         if config.distill:
             teacher = start if config.teacher is None else checkpoint.load(config.teacher)
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(self.accelerator.device)
-        probe = torch.zeros(1, *self.data.shape)
         for name, network in (("--start", start), ("--teacher", self.teacher)):
             if network is None:
                 continue
-            with torch.inference_mode():
-                found = copy.deepcopy(network).eval().cpu()(probe).shape[-1]
-            if found != len(self.data.classes):
+            if (found := classes_told(network, self.data)) != len(self.data.classes):
                 raise InputError(
                     f"{name} tells {found} classes apart, {self.data.name} has {len(self.data.classes)}: choose another"
                 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -19,7 +17,7 @@ from micelab.exceptions import InputError
 from micelab.machine import machine
 from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
 from micelab.models import describe
-from micelab.train.run import accuracy
+from micelab.train.run import accuracy, classes_told
 
 TIME_STEPS = (1, 2, 4, 8, 16, 32)
 ERROR_IMAGES = 256
@@ -156,9 +154,7 @@ def compare(
 
 
 def _check_classes(row: str, network: nn.Module, data: ImageData) -> None:
-    with torch.inference_mode():
-        found = copy.deepcopy(network).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1]
-    if found != len(data.classes):
+    if (found := classes_told(network, data)) != len(data.classes):
         raise InputError(
             f"the network of row {row!r} tells {found} classes apart, {data.name} has {len(data.classes)}: leave it out, or "
             "measure it on the data it was trained on"

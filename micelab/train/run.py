@@ -6,6 +6,7 @@ where an undisturbed one ends, on the same machine and thread count.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -277,6 +278,12 @@ def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu")
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
     model.train(was)
     return right / len(split)
+
+
+def classes_told(model: nn.Module, data: ImageData) -> int:
+    """How many classes `model` tells apart, for images like those of `data`."""
+    with torch.inference_mode():
+        return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
 
 
 @contextmanager
