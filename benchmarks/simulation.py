@@ -21,6 +21,7 @@ import math
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -56,18 +57,23 @@ def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int)
 
 
 def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
-    """Largest resident memory of this process, in MB, before T = 64 steps of 1,000 images, after them with the logits alone
-    kept, after them with every layer's run given chunk by chunk, and after them with all of that kept at once."""
+    """Largest resident memory, in MB, of a process that imports torch and no more, and of this one before T = 64 steps of 1,000
+    images, after them with the logits alone kept, with every layer's run given chunk by chunk, with every layer's spike counts
+    kept, and with all of it kept at once."""
 
     def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
+    script = "import torch; print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    alone = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     images = torch.rand(1000, 3, 32, 32)
-    found = {"time_steps": 64, "images": 1000, "before_mb": resident()}
+    found = {"time_steps": 64, "images": 1000, "torch_mb": int(alone) // 1024, "before_mb": resident()}
     assert not snn.simulate(images, 64, record=False).layers
     found["logits_mb"] = resident()
     assert sum(len(part) for part, run in snn.stream(images, 64) if run.layers) == 1000
     found["stream_mb"] = resident()
+    assert len(snn.simulate(images, 64, record="counts").layers) == len(snn.neurons)
+    found["counts_mb"] = resident()
     assert len(snn.simulate(images, 64).layers) == len(snn.neurons)
     return found | {"all_kept_mb": resident()}
 

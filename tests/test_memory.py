@@ -131,7 +131,7 @@ def test_memory_too_small_for_what_every_layer_did_names_the_remedy(snn, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("micelab.network.records.LayerRun.room_for", full)
-    with pytest.raises(InputError, match="does not suffice to keep what every layer did for 4 images: use record=False"):
+    with pytest.raises(InputError, match='for 4 images: use record="counts" or record=False, or `stream`'):
         snn.simulate(torch.rand(4, 1, 8, 8), 3, chunk=2)
 
 

@@ -181,6 +181,11 @@ def test_recording_less_changes_no_logits():
         assert torch.equal(layer.spikes.sum(0), layer.count.long())
 
 
+def test_an_unknown_way_to_record_is_refused():
+    with pytest.raises(InputError, match="record is 'count': choose True, \"counts\" or False"):
+        spiking().simulate(digits(), 8, record="count")
+
+
 def test_calling_the_network_gives_the_last_mean_logits():
     snn, images = spiking(), digits()
     assert torch.equal(snn(images, 5), snn.simulate(images, 5).logits[-1])

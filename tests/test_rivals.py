@@ -192,6 +192,23 @@ def test_fewer_steps_than_hidden_ones_are_the_beginning_of_a_longer_run(method):
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
+def test_counts_alone_are_those_of_the_whole_record_in_a_fraction_of_its_memory(method):
+    _, snn = converted(method, time_steps=4)
+    full, counts = snn.simulate(IMAGES, 3), snn.simulate(IMAGES, 3, record="counts", chunk=5)
+    assert torch.equal(full.logits, counts.logits)
+    for name, layer in counts.layers.items():
+        assert torch.equal(full.layers[name].count, layer.count)
+        assert torch.equal(full.layers[name].rate, layer.rate)
+        assert layer.count.nbytes == full.layers[name].residual.nbytes // 4
+        assert "membrane" not in layer.tensors()
+        with pytest.raises(InputError, match="spike counts alone were recorded: simulate with record=True"):
+            layer.mean_current  # noqa: B018
+    assert set(next(iter(counts.to_dict()["layers"].values()))) == {"theta", "v0", "spike_rate"}
+    spikes = snn.simulate(IMAGES, 3, record="counts", spikes=True).layers
+    assert all(torch.equal(layer.spikes.sum(0), layer.count.long()) for layer in spikes.values())
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_the_four_terms_sum_and_charge_is_kept_for_every_method(method, steps):
     ann, snn = converted(method, time_steps=4)

@@ -17,7 +17,7 @@ from micelab.graph.affine import WEIGHTED, is_fresh, is_size
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
-from micelab.network.records import LayerRun
+from micelab.network.records import LayerRun, Record
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -53,9 +53,12 @@ class TimeFolded(LayerRunner):
     Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
     """
 
-    def __init__(self, layers: fx.GraphModule, time_steps: int, images: int, record: bool, spikes: bool, precision: str = "fp32"):
+    def __init__(
+        self, layers: fx.GraphModule, time_steps: int, images: int, record: Record, spikes: bool, precision: str = "fp32"
+    ):
         super().__init__(layers)
         self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
+        self.keeps_membranes = bool(record) and record != "counts"
         self.precision = precision
         self.bytes: dict[fx.Node, Tensor] = {}
         self.steps, self.before = steps_to_run(layers, time_steps)
@@ -160,8 +163,8 @@ class TimeFolded(LayerRunner):
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         current, out = module.drive(self.current(z)), self.room(z)
         steps = out.unflatten(0, (self.steps, self.images))
-        mean = self._mean(module, current) if self.record else None
-        did = module.respond(current, steps, self.time_steps, count=self.record)
+        mean = self._mean(module, current) if self.keeps_membranes else None
+        did = module.respond(current, steps, self.time_steps, count=bool(self.record))
         if self.record:
             self.records[name] = self._layer_run(did, mean, module.theta, steps)
         return out.to(torch.bfloat16) if self.precision == "bf16" else out
@@ -182,7 +185,7 @@ class TimeFolded(LayerRunner):
 
     def fire_sum(self, module: Any, first: Tensor, second: Tensor, out: Tensor) -> None:
         """Writes theta*s(t) for the sum of two currents [steps, n, ...] into `out`, which may be one of them."""
-        did = module.respond_to_sum(first, second, out, count=self.record)
+        did = module.respond_to_sum(first, second, out, count=bool(self.record))
         if self.record:
             self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, out)
 
@@ -190,4 +193,5 @@ class TimeFolded(LayerRunner):
         kind = torch.int8 if self.steps < 2**7 else torch.int16 if self.steps < 2**15 else torch.int32
         spikes = self.counted(steps).sign().to(torch.int8) if self.spikes else None
         hidden = None if did.hidden is None else did.hidden.to(kind)
-        return LayerRun(did.count.to(kind), did.residual, theta, did.v0, self.time_steps, mean, spikes, hidden)
+        membrane = did.residual if self.keeps_membranes else None
+        return LayerRun(did.count.to(kind), membrane, theta, did.v0, self.time_steps, mean, spikes, hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,17 +11,21 @@ from torch import Tensor
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
 
+Record = Literal["counts"] | bool
+"""What is kept of every layer: all that `LayerRun` tells (True), its spike counts (5 times less memory), or nothing (False)."""
+
 
 @dataclass
 class LayerRun:
     """What one spiking layer did in the T = `time_steps` steps that count: tensors [N, ...].
 
-    theta: as in the layer; v0: the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps;
-    `current`: the mean current where charge balance does not tell it, or None.
+    membrane: the residual, or None where spike counts alone were recorded; theta: as in the layer; v0: the start it took in the
+    end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps; `current`: the mean current where charge balance does not
+    tell it, or None.
     """
 
     count: Tensor
-    residual: Tensor
+    membrane: Tensor | None
     theta: Tensor
     v0: Tensor
     time_steps: int
@@ -30,10 +34,18 @@ class LayerRun:
     hidden: Tensor | None = None
 
     @property
+    def residual(self) -> Tensor:
+        """v(T), what is left on the membranes, [N, ...], activation units. Raises InputError where it was not recorded."""
+        if self.membrane is None:
+            raise InputError("of this layer spike counts alone were recorded: simulate with record=True")
+        return self.membrane
+
+    @property
     def mean_current(self) -> Tensor:
         """Mean over T of the current that charged the neurons, [N, ...], activation units.
 
         What came in is what is left and what was sent, so that it need not be kept: (theta*n + v(T) - theta*v0)/T.
+        Raises InputError where the residual was not recorded.
         """
         if self.current is not None:
             return self.current
@@ -43,7 +55,8 @@ class LayerRun:
     @property
     def rate(self) -> Tensor:
         """theta*n/T in activation units, [N, ...]: what the layer says."""
-        return self.count.to(self.residual.dtype) * over_channels(self.theta, self.residual) / self.time_steps
+        count = self.count.to(torch.promote_types(self.theta.dtype, torch.float32))
+        return count * over_channels(self.theta, count) / self.time_steps
 
     @property
     def spike_rate(self) -> float:
@@ -52,7 +65,8 @@ class LayerRun:
 
     def tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Each tensor of the run, with the dimension along which its images lie."""
-        found = {"count": (self.count, 0), "residual": (self.residual, 0)}
+        found = {"count": (self.count, 0)}
+        found |= {} if self.membrane is None else {"membrane": (self.membrane, 0)}
         found |= {} if self.current is None else {"current": (self.current, 0)}
         found |= {"v0": (self.v0, 0)} if self.v0.dim() > 1 else {}
         found |= {} if self.hidden is None else {"hidden": (self.hidden, 0)}
@@ -65,13 +79,14 @@ class LayerRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Summary in plain numbers."""
-        return {
+        words = {
             "theta": self.theta.tolist(),
             "v0": self.v0.tolist() if self.v0.dim() < 2 else float(self.v0.mean()),
             "spike_rate": self.spike_rate,
-            "mean_residual": float(self.residual.mean()),
-            "mean_current": float(self.mean_current.mean()),
         }
+        if self.membrane is None:
+            return words
+        return words | {"mean_residual": float(self.residual.mean()), "mean_current": float(self.mean_current.mean())}
 
 
 @dataclass
@@ -94,7 +109,7 @@ class SimulationRun:
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the memory of {self.logits.device} does not suffice to keep what every layer did for {images} images: use "
-                "record=False, or `stream`, which gives it chunk by chunk"
+                'record="counts" or record=False, or `stream`, which gives it chunk by chunk'
             ) from error
 
     def put(self, part: SimulationRun, start: int) -> None:

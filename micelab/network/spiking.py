@@ -19,7 +19,7 @@ from micelab.machine import has_bf16, say_lacking, sums_of_products
 from micelab.network import int8
 from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
 from micelab.network.memory import Pace, device_budget, in_chunks
-from micelab.network.records import SimulationRun
+from micelab.network.records import Record, SimulationRun
 from micelab.network.replay import Replay
 from micelab.neuron.firing import IntegrateFire
 
@@ -78,22 +78,25 @@ class SpikingNetwork(nn.Module):
         self,
         images: Tensor,
         time_steps: int = 8,
-        record: bool = True,
+        record: Record = True,
         spikes: bool = False,
         chunk: int | None = None,
         precision: Precision = "fp32",
     ) -> SimulationRun:
         """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
 
-        `record=False` keeps the logits only; `spikes` keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go
-        through at a time, which does not change the result: by default as many as fit the device budget, or, on a CPU, as
-        many as were fastest in the first chunks. Where the device runs out of memory the chunk is halved, and stays so.
+        `record="counts"` keeps of every layer its spike counts alone, a fifth of the memory, and False the logits only; `spikes`
+        keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go through at a time, which does not change the result:
+        by default as many as fit the device budget, or, on a CPU, as many as were fastest in the first chunks. Where the device
+        runs out of memory the chunk is halved, and stays so.
         `precision` "bf16" and "int8" are fast modes of other numbers (docs/performance.md): where the device lacks one the log
         says so once, and fp32 is used.
         """
         images, used = self._check(images, time_steps), self._possible(precision, images)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
+        if record not in (True, False, "counts"):
+            raise InputError(f'record is {record!r}: choose True, "counts" or False')
         whole: SimulationRun | None = None
         for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, used):
             if len(part) == len(images):
@@ -127,7 +130,7 @@ class SpikingNetwork(nn.Module):
         return Replay(self, images, lambda part: self._simulate(part, steps, False, False, used).logits)
 
     def _parts(
-        self, images: Tensor, time_steps: int, record: bool, spikes: bool, chunk: int | None = None, precision: str = "fp32"
+        self, images: Tensor, time_steps: int, record: Record, spikes: bool, chunk: int | None = None, precision: str = "fp32"
     ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
@@ -150,7 +153,7 @@ class SpikingNetwork(nn.Module):
             return 1
         return max(1, min(torch.get_num_threads(), len(images)))
 
-    def _pace(self, images: Tensor, time_steps: int, record: bool, guess: int, precision: str) -> Pace | None:
+    def _pace(self, images: Tensor, time_steps: int, record: Record, guess: int, precision: str) -> Pace | None:
         """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
         sizes = sorted({max(1, guess // 2), guess, 2 * guess})
         if images.device.type != "cpu" or self._shrink > 1 or len(images) < 2 * self._lanes(images) * sizes[-1]:
@@ -195,7 +198,7 @@ class SpikingNetwork(nn.Module):
         say_lacking(device, _LACKING[precision])
         return "fp32"
 
-    def _simulate(self, images: Tensor, time_steps: int, record: bool, spikes: bool, precision: str = "fp32") -> SimulationRun:
+    def _simulate(self, images: Tensor, time_steps: int, record: Record, spikes: bool, precision: str = "fp32") -> SimulationRun:
         with torch.inference_mode(), sums_of_products(self.most_steps is not None):
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
