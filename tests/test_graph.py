@@ -94,6 +94,13 @@ def test_batch_norm_that_cannot_be_folded_stays_an_affine_layer(kind):
     assert len(norms(agrees(seeded(KEPT[kind])))) == 1
 
 
+def test_sequences_of_as_many_steps_as_features_are_refused_where_batch_norm_was_folded():
+    net = seeded(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.ReLU()))
+    with pytest.raises(ConversionError, match=r"layer `1`: batch-norm was folded .* gets \(\d+, 4, 64\).*: use fold=False"):
+        agrees(net)
+    assert len(norms(agrees(net, fold=False))) == 1
+
+
 def test_layers_used_several_times_become_activations_of_their_own():
     assert list(activations(agrees(seeded(LAYERS["several"])))) == ["2", "2_1", "2_2"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -251,6 +252,15 @@ def _name_activations(traced: fx.GraphModule) -> None:
         traced.graph.erase_node(node)
 
 
+def _takes_rows(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuses sequences [N, L, F] with L = F, which the graph does not tell from rows [N, F]: there F are not the channels."""
+    if inputs[0].dim() > 2:
+        raise ConversionError(
+            f"layer `{name}`: batch-norm was folded into it as for inputs [N, features], and it gets "
+            f"{tuple(inputs[0].shape)}, where batch-norm has its channels in dimension 1: use fold=False"
+        )
+
+
 def _fold_batch_norm(traced: fx.GraphModule) -> None:
     uses: dict[str, int] = {}
     for node in traced.graph.nodes:
@@ -267,6 +277,7 @@ def _fold_batch_norm(traced: fx.GraphModule) -> None:
             if weighted.out_features != norm.num_features or norm.weight is None:
                 continue  # of [N, L, F] batch-norm takes L for the channels, and torch folds none without a weight
             folded: nn.Module = fuse_linear_bn_eval(weighted, norm)
+            folded.register_forward_pre_hook(partial(_takes_rows, before.target))
         elif isinstance(weighted, CONVOLUTIONS) or (isinstance(weighted, TRANSPOSED) and weighted.groups == 1):
             folded = fuse_conv_bn_eval(weighted, norm, transpose=isinstance(weighted, TRANSPOSED))
         else:

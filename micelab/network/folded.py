@@ -194,4 +194,5 @@ class TimeFolded(LayerRunner):
         spikes = self.counted(steps).sign().to(torch.int8) if self.spikes else None
         hidden = None if did.hidden is None else did.hidden.to(kind)
         membrane = did.residual if self.keeps_membranes else None
+        theta = theta.to(did.residual.dtype)
         return LayerRun(did.count.to(kind), membrane, theta, did.v0, self.time_steps, mean, spikes, hidden)

@@ -19,9 +19,9 @@ Record = Literal["counts"] | bool
 class LayerRun:
     """What one spiking layer did in the T = `time_steps` steps that count: tensors [N, ...].
 
-    membrane: the residual, or None where spike counts alone were recorded; theta: as in the layer; v0: the start it took in the
-    end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps; `current`: the mean current where charge balance does not
-    tell it, or None.
+    membrane: the residual, or None where spike counts alone were recorded; theta: as in the layer, in the membrane's type; v0:
+    the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps; `current`: the mean current where
+    charge balance does not tell it, or None.
     """
 
     count: Tensor
@@ -55,7 +55,7 @@ class LayerRun:
     @property
     def rate(self) -> Tensor:
         """theta*n/T in activation units, [N, ...]: what the layer says."""
-        count = self.count.to(torch.promote_types(self.theta.dtype, torch.float32))
+        count = self.count.to(self.theta.dtype)
         return count * over_channels(self.theta, count) / self.time_steps
 
     @property
