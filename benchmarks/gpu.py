@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from simulation import convolutions_alone
 from torch import Tensor, nn
 
 import micelab
 from micelab import neuron
-from micelab.graph import replace_activations
 from micelab.machine import full_precision, machine
 
 RECIPES = {name: f"--recipe {name} --epochs 20 --batch-size 256 --precision bf16" for name in ("cifar10-c", "cifar100-c")}
@@ -91,25 +91,6 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, d
     return found
 
 
-class MultiStep(nn.Module):
-    """spikingjelly's IFNode, all steps in one call, on values [T*N, ...], sending theta at every spike."""
-
-    def __init__(self, theta: float, v0: float, time_steps: int, backend: str | None):
-        super().__init__()
-        from spikingjelly.activation_based import neuron as theirs
-
-        self.node = theirs.IFNode(v_threshold=theta, v_reset=None, step_mode="m")
-        if backend is not None:
-            self.node.backend = backend
-        self.theta, self.start, self.time_steps = theta, v0 * theta, time_steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.node.reset()
-        x = x.unflatten(0, (self.time_steps, -1))
-        self.node.v = torch.full_like(x[0], self.start)
-        return (self.node(x) * self.theta).flatten(0, 1)
-
-
 def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """One way for each backend that the installed spikingjelly offers (version 2 chooses by itself); none where it is absent."""
     try:
@@ -120,14 +101,12 @@ def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) 
     backends: tuple[str | None, ...] = tuple(getattr(node, "supported_backends", ())) or (None,)
 
     def way(backend: str | None) -> Callable[[Tensor], Tensor]:
-        make = lambda _, layer: MultiStep(float(layer.theta), float(layer.v0), time_steps, backend)
-        net = replace_activations(copy.deepcopy(snn.layers), make).eval()
-
-        def run(images: Tensor) -> Tensor:
-            parts = [net(part.repeat(time_steps, 1, 1, 1)).unflatten(0, (time_steps, -1)).mean(0) for part in images.split(chunk)]
-            return torch.cat(parts)
-
-        return run
+        network = peers.peer("spikingjelly, multi-step", snn)
+        for layer in network.neurons.values():
+            layer.node.step_mode = "m"
+            if backend is not None:
+                layer.node.backend = backend
+        return lambda images: torch.cat([network.run(part, time_steps) for part in images.split(chunk)])
 
     return {f"spikingjelly, {backend or 'its own'} backend": way(backend) for backend in backends}
 
@@ -183,7 +162,7 @@ def speeds(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device:
 def few(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Rows of `measured` for one image and for eight: the plain call, and the simulation recorded once (a CUDA graph)."""
     net, rows = copy.deepcopy(snn).to(device), {}
-    for count in (1, 8):
+    for count in sorted({1, min(8, len(images))}):
         pixels = images[:count].to(device)
         recorded = net.recorded(pixels, time_steps)
         for name, run in {"called": lambda x: net(x, time_steps), "recorded": recorded}.items():

@@ -47,7 +47,7 @@ def test_the_whole_command_writes_numbers_and_a_page(gpu, tiny, tmp_path, monkey
         assert f"| convolutions alone, {kind} | " in page
     for name, row in network["speeds"].items():
         assert row.get("same_predictions", 1) == 1 or "spikingjelly" not in name
-    for count in (1, 8):
+    for count in (1, 3):  # of three images eight cannot be taken
         row = network["few"][f"{count} at a time, recorded"]
         assert row["images_per_second"] > 0
         assert row["largest_difference"] == 0
