@@ -241,7 +241,7 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
         place.write_text(script)
         place.chmod(0o755)
     monkeypatch.setenv("CC", "/nowhere/cc" if script is None else str(place))
-    monkeypatch.setattr(building, "SOURCE", copied(building.SOURCE, fresh))
+    monkeypatch.setattr(building, "SOURCES", copied(building.SOURCES, fresh))
     assert torch.equal(expected, spikes_of(snn))
     assert torch.equal(expected, spikes_of(snn))
     assert len(caplog.records) == 1
@@ -250,9 +250,10 @@ def test_without_a_compiler_that_works_the_loop_runs_and_the_log_says_so_once(sc
 
 @needs_compiler
 def test_a_neuron_that_gives_other_numbers_is_not_used(fresh, monkeypatch, caplog):
-    wrong = copied(building.SOURCE, fresh)
+    sources = copied(building.SOURCES, fresh)
+    wrong = next(source for source in sources if source.name == "neuron.c")
     wrong.write_text(wrong.read_text().replace("v[i] >= theta[i]", "v[i] > 0.5f * theta[i]"))
-    monkeypatch.setattr(building, "SOURCE", wrong)
+    monkeypatch.setattr(building, "SOURCES", sources)
     assert compiled.shared_library() is None
     assert "gives other numbers than the loop" in caplog.text
 
@@ -284,8 +285,9 @@ def test_the_loop_can_be_asked_for(fresh, monkeypatch, caplog):
     assert not caplog.records
 
 
-def copied(source, folder):
-    """The source under another date, so that what the cache holds of it is not taken."""
-    place = folder / source.name
-    place.write_text(source.read_text() + "\n")
-    return place
+def copied(sources, folder):
+    """The sources under another date, so that what the cache holds of them is not taken."""
+    places = [folder / source.name for source in sources]
+    for source, place in zip(sources, places, strict=True):
+        place.write_text(source.read_text() + "\n")
+    return places

@@ -1,7 +1,7 @@
-"""`neuron.c` as a library in this process: compiled when it is first needed, and kept.
+"""`neuron.c` and `normed.c` as a library in this process: compiled when it is first needed, and kept.
 
 The C compiler is $CC, or else `cc`, `gcc` or `clang`. What it makes is kept in the user's cache folder ($XDG_CACHE_HOME, or
-~/.cache), under a name that holds the processor, the compiler's options and the source.
+~/.cache), under a name that holds the processor, the compiler's options and the sources.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("neuron.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("lanes.h", "neuron.c", "normed.c")]
 COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 """`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
@@ -38,7 +38,7 @@ def compiler() -> str:
 
 
 def load(cc: str) -> Any:
-    """The library of neuron.c, compiled by `cc` unless it is in the cache folder; with threads where OpenMP is known."""
+    """The library, compiled by `cc` unless it is in the cache folder; with threads where OpenMP is known."""
     errors = []
     for threads in (("-fopenmp",), ()):
         try:
@@ -65,7 +65,7 @@ def load(cc: str) -> Any:
 
 def _built(cc: str, threads: tuple[str, ...]) -> Path:
     options = (*OPTIONS, *threads)
-    marks = "\n".join([SOURCE.read_text(), cc, *options, platform.platform(), _features()])
+    marks = "\n".join([*(source.read_text() for source in SOURCES), cc, *options, platform.platform(), _features()])
     file = f"neuron-{hashlib.sha256(marks.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micelab"
     try:
@@ -81,9 +81,11 @@ def _built(cc: str, threads: tuple[str, ...]) -> Path:
 def _build(cc: str, options: tuple[str, ...], target: Path) -> None:
     """Compiles and links without naming an OpenMP library: torch's own is in the process, and two would fight for cores."""
     with tempfile.TemporaryDirectory(prefix="micelab-") as folder:
-        part, made = Path(folder) / "neuron.o", Path(folder) / "neuron.so"
+        units = {str(source): str(Path(folder) / f"{source.stem}.o") for source in SOURCES if source.suffix == ".c"}
+        made = Path(folder) / "neuron.so"
         shared = ["-shared"] if platform.system() != "Darwin" else ["-shared", "-undefined", "dynamic_lookup"]
-        for command in ([cc, *options, "-c", str(SOURCE), "-o", str(part)], [cc, *shared, str(part), "-o", str(made)]):
+        compiling = [[cc, *options, "-c", source, "-o", part] for source, part in units.items()]
+        for command in (*compiling, [cc, *shared, *units.values(), "-o", str(made)]):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         partial = target.with_suffix(f".{os.getpid()}.partial")
         shutil.copy(made, partial)

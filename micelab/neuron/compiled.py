@@ -29,7 +29,7 @@ BLOCK = 4096
 """So many neurons share a sum of gradients, as in neuron.c."""
 
 LONGEST = 256
-"""More steps than that the kernel of `time_gradient` has no room for, as in neuron.c."""
+"""More steps than that the kernel of `time_gradient` has no room for, as in lanes.h."""
 
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
@@ -172,7 +172,7 @@ def _laid_out(value: Tensor, step: Tensor) -> Tensor:
 
 
 def shared_library() -> Any:
-    """The library of neuron.c, or None where there is none: the log says why, once, however many threads ask."""
+    """The compiled library, or None where there is none: the log says why, once, however many threads ask."""
     with _ONE_AT_A_TIME:
         return _shared_library()
 

@@ -1,7 +1,7 @@
 """Batch-norm and the integrate-and-fire neurons after it on a CPU in one pass, forward and backward: what training runs.
 
 Batch-norm's output is never written: a neuron's current is an affine function of batch-norm's input. The functions are those
-of `neuron.c` (micelab.neuron.compiled); they know channels that come last in memory, in multiples of 16.
+of `normed.c` (micelab.neuron.compiled); they know channels that come last in memory, in multiples of 16.
 """
 
 from __future__ import annotations
