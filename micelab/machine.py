@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 _KEEP = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD (malloc.h): no block of its own, none given back, large steps."""
 
+_NO_MEMORY = (
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("can't allocate memory", "not enough memory"),  # of torch's allocator for the CPU, on Linux and on Windows
+)
+
 
 def default_precision(device: str | None = None) -> Literal["bf16", "fp32"]:
     """What to train in on `device` (default: the GPU if there is one): "bf16" where that is native, else "fp32".
@@ -39,6 +44,15 @@ def has_bf16(device: str) -> bool:
 def say_lacking(device: str, what: str) -> None:
     """Says once in the log that a fast mode was asked for in vain."""
     log.warning("%s has no %s: going on in fp32, which is exact", device, what)
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether the error says that memory was not enough, the device's or the machine's, whichever library says it.
+
+    >>> ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000 bytes"))
+    True
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def keep_memory() -> bool:

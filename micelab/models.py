@@ -41,6 +41,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-3] != len(self.mean):
+            raise InputError(f"images have {x.shape[-3]} channels, and this network was made for {len(self.mean)}")
         return (x - self.mean) / self.std
 
 

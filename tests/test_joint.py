@@ -383,6 +383,19 @@ def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_that_teaches_nothing_is_refused():
+    with pytest.raises(InputError, match=r"--teacher nobody teaches nothing where --distill is 0: give its weight"):
+        JointConfig(teacher="nobody")
+
+
+def test_a_network_for_other_channels_is_refused(few, tmp_path):
+    with pytest.raises(InputError, match="images have 1 channels, and this network was made for 3"):
+        joint.train(JointConfig(), tmp_path, few, model=micelab.small_cnn(activation="quant_clip", in_channels=3))
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), QuantClip(4, 1.0), nn.Flatten(), nn.Linear(144, 10))
+    with pytest.raises(InputError, match=r"the network cannot take images of digits, \(1, 8, 8\): "):
+        joint.train(JointConfig(), tmp_path, few, model=bare)
+
+
 def test_a_diverged_run_stops_keeps_its_state_and_says_so(few, stage1, tmp_path, monkeypatch):
     whole = F.cross_entropy
 

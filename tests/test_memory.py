@@ -7,7 +7,9 @@ import torch
 
 import micelab
 from micelab.exceptions import InputError
+from micelab.machine import ran_out
 from micelab.network import memory
+from micelab.network.folded import TimeFolded
 from micelab.network.spiking import DEVICE_BUDGET
 
 
@@ -142,7 +144,7 @@ def test_other_errors_are_no_shortage_of_memory(snn, monkeypatch):
     monkeypatch.setattr(snn, "_simulate", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         snn.simulate(torch.rand(4, 1, 8, 8), 3)
-    assert memory.ran_out(RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert ran_out(RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 @pytest.mark.parametrize(
@@ -200,3 +202,29 @@ def test_a_chunk_is_halved_while_sizes_are_tried(snn, monkeypatch):
     monkeypatch.setattr("micelab.network.spiking.CACHE_BUDGET", 4 * 16 * 64 * 4 * 3)
     assert torch.equal(expected, snn.simulate(images, 3, record=False).logits)
     assert card.asked == [4, *[2] * 10]
+
+
+def test_the_machines_own_memory_running_out_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ran_out(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate", "not enough memory: you tried"]
+)
+def test_a_layer_that_finds_no_memory_on_the_cpu_halves_the_chunk(snn, monkeypatch, caplog, text):
+    whole = TimeFolded.call_module
+
+    def scarce(self, target, args, kwargs):
+        if self.images > 3:
+            raise RuntimeError(text)
+        return whole(self, target, args, kwargs)
+
+    images = torch.rand(6, 1, 8, 8)
+    expected = snn.simulate(images, 3, chunk=3)
+    monkeypatch.setattr(TimeFolded, "call_module", scarce)
+    caplog.clear()
+    run = snn.simulate(images, 3, chunk=6)
+    assert [record.getMessage() for record in caplog.records] == ["cpu is out of memory with 6 images at a time: going on with 3"]
+    assert torch.equal(expected.logits, run.logits)

@@ -1,5 +1,6 @@
 """Training that survives what happens to it: kills, signals, several processes, a diverging loss."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -253,6 +254,86 @@ def test_a_loss_that_is_no_number_from_the_start_does_not_point_to_a_state_that_
     with pytest.raises(TrainingError, match="training has diverged; no epoch was finished before"):
         train.train(TrainConfig(**SMALL, lr=1e30), tmp_path, digits)
     assert not (tmp_path / "state.safetensors").exists()
+
+
+def spoil(run):
+    with torch.no_grad():
+        run.model.head.weight[0, 0] = float("nan")
+
+
+def test_weights_that_the_last_step_spoils_do_not_take_the_place_of_good_ones(tmp_path, digits, monkeypatch):
+    whole = train.run.Run._one_step
+
+    def last_one_spoils(run, images, labels):
+        whole(run, images, labels)
+        if run.epoch == 1 and run.step == len(run.batches):
+            spoil(run)
+
+    monkeypatch.setattr(train.run.Run, "_one_step", last_one_spoils)
+    said = r"`head.weight` is no longer finite in epoch 2, step \d+: training has diverged; the last good state is kept in"
+    with pytest.raises(TrainingError, match=said):
+        train.train(TrainConfig(**SMALL), tmp_path, digits)
+    tensors, state = checkpoint.read_tensors(tmp_path / "state.safetensors")
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_that_is_stopped_after_a_spoiled_step_keeps_the_last_good_state(tmp_path, digits, monkeypatch):
+    whole = train.run.Run._one_step
+
+    def spoils(run, images, labels):
+        whole(run, images, labels)
+        if run.epoch == 1:
+            spoil(run)
+
+    monkeypatch.setattr(train.run.Run, "_one_step", spoils)
+    monkeypatch.setattr(train.run.Run, "_must_stop", lambda run, _: run.epoch == 1)
+    with pytest.raises(TrainingError, match="is no longer finite"):
+        train.train(TrainConfig(**SMALL), tmp_path, digits)
+    assert checkpoint.read_tensors(tmp_path / "state.safetensors")[1]["epoch"] == 1
+
+
+def test_a_step_without_memory_names_the_remedy(tmp_path, digits, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(train.run.Run, "loss", full)
+    with pytest.raises(
+        TrainingError, match=r"memory of cpu does not suffice for a step of \d+ images; no epoch .* lower --batch-size"
+    ):
+        train.train(TrainConfig(**SMALL), tmp_path, digits)
+
+
+def test_an_option_that_is_newer_than_a_state_had_its_default_there(tmp_path, digits):
+    config = TrainConfig(**SMALL)
+    train.train(config, tmp_path, digits)
+    tensors, words = checkpoint.read_tensors(tmp_path / "state.safetensors")
+    del words["config"]["label_smoothing"]
+    checkpoint.write_tensors(tmp_path / "state.safetensors", tensors, words)
+    train.train(config, tmp_path, digits, resume=True)
+    with pytest.raises(InputError, match=r"label_smoothing was 0.0, is 0.2"):
+        train.train(dataclasses.replace(config, label_smoothing=0.2), tmp_path, digits, resume=True)
+
+
+def test_where_torch_compile_fails_training_goes_on_without_it_and_says_so_once(tmp_path, digits, monkeypatch, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler here")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: real(network, backend=broken))
+    plain = train.train(TrainConfig(**SMALL), tmp_path / "plain", digits)
+    tried = train.train(TrainConfig(**SMALL, compile=True), tmp_path / "tried", digits)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tried.parameters(), strict=True))
+    said = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
+    assert len(said) == 1
+    assert "no C++ compiler here" in said[0]
+
+
+def test_bf16_that_is_only_emulated_is_said(tmp_path, digits, monkeypatch, caplog):
+    monkeypatch.setattr(train.run, "has_bf16", lambda device: False)
+    train.train(TrainConfig(**SMALL, precision="bf16"), tmp_path, digits)
+    assert "--precision bf16: cpu only emulates it, which is slow; fp32 would be faster" in caplog.text
 
 
 @pytest.mark.parametrize(

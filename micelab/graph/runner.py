@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from micelab.exceptions import InputError, first_line
 from micelab.graph.affine import call_name
 from micelab.graph.tracing import activations, is_activation, module_of
-from micelab.machine import full_precision
+from micelab.machine import full_precision, ran_out
 
 
 class LayerRunner(fx.Interpreter):
@@ -41,7 +41,7 @@ class LayerRunner(fx.Interpreter):
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, InputError):
                 raise InputError(f"layer `{call_name(n)}`: {error}") from error
-            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            if isinstance(error, RuntimeError) and ran_out(error):
                 raise
             raise InputError(
                 f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}"

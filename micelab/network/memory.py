@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from micelab.exceptions import InputError
+from micelab.machine import ran_out
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -34,13 +35,6 @@ def device_budget(device: torch.device, most: int) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(most, max(0, free + held) // SHARE)
-
-
-def ran_out(error: RuntimeError) -> bool:
-    """Whether the error says that the device's memory was not enough, whichever library says it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    )
 
 
 class Pace:

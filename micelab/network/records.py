@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from micelab.activation import over_channels
 from micelab.exceptions import InputError
+from micelab.machine import ran_out
 
 Record = Literal["counts"] | bool
 """What is kept of every layer: all that `LayerRun` tells (True), its spike counts (5 times less memory), or nothing (False)."""
@@ -106,7 +106,9 @@ class SimulationRun:
         try:
             layers = {name: layer.room_for(images) for name, layer in self.layers.items()}
             return SimulationRun(_room(self.logits, 1, images), layers)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             raise InputError(
                 f"the memory of {self.logits.device} does not suffice to keep what every layer did for {images} images: use "
                 'record="counts" or record=False, or `stream`, which gives it chunk by chunk'

@@ -119,6 +119,8 @@ class JointConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher is not None and not self.distill:
+            raise InputError(f"--teacher {self.teacher} teaches nothing where --distill is 0: give its weight, as in --distill 1")
         if (self.gradient == "time") != isinstance(self, ThroughTimeConfig):
             kind = "ThroughTimeConfig" if self.gradient == "time" else "JointConfig"
             raise InputError(f'gradient is "{self.gradient}": use {kind}, whose rate and optimizer are made for it')

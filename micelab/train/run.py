@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from micelab import checkpoint, models
 from micelab.activation import NoisyQuantClip, TrainableClip
 from micelab.data import ImageData, Split, load_data, to_float
-from micelab.exceptions import InputError, TrainingError
+from micelab.exceptions import InputError, TrainingError, first_line
+from micelab.machine import has_bf16, ran_out
 from micelab.train import card, state
 from micelab.train.batches import training_batches
 from micelab.train.noise import measure_noise
@@ -109,6 +110,8 @@ class Run:
         self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
         self.optimizer = self.make_optimizer(_groups(self.model, config))
         self.forward = self.make_forward()
+        if config.precision == "bf16" and not has_bf16(str(accelerator.device)):
+            log.warning("--precision bf16: %s only emulates it, which is slow; fp32 would be faster", accelerator.device)
         self.epoch, self.step, self.sums, self.seconds = 0, 0, [0.0, 0.0, 0.0], 0.0
 
     def make_model(self) -> nn.Module:
@@ -123,7 +126,7 @@ class Run:
     def make_forward(self) -> Callable[..., Any]:
         """What is called with images in training."""
         wrapped = self.accelerator.prepare_model(self.model)
-        return torch.compile(wrapped) if self.config.compile else wrapped
+        return compiled(wrapped) if self.config.compile else wrapped
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(what is minimized, logits) of a batch."""
@@ -168,10 +171,11 @@ class Run:
         )
         with bar:
             for images, labels in self.batches.epoch(self.epoch, self.step):
-                self._one_step(images.to(device), labels.to(device))
+                self._try_step(images.to(device), labels.to(device))
                 bar.update(self.config.batch_size)
                 if self._must_stop(stopped):
                     self.seconds += time.perf_counter() - started
+                    self._check_weights()
                     self.write_state()
                     raise KeyboardInterrupt(stopped[0] if stopped else signal.SIGTERM)
         self.seconds += time.perf_counter() - started
@@ -187,17 +191,37 @@ class Run:
         here = torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
         here = self.accelerator.reduce(here, "sum").tolist()
         if not math.isfinite(here[0]):
-            state = self.out / "state.safetensors"
-            kept = f"the last good state is kept in {state}" if state.exists() else "no epoch was finished before"
-            raise TrainingError(
-                f"the loss is {here[0]} in epoch {self.epoch + 1}, step {self.step + 1}: training has diverged; {kept}. "
-                + self.help.format(config=config)
-            )
+            raise self._diverged(f"the loss is {here[0]}")
         if max_norm := getattr(config, "max_norm", None):
             self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         self.optimizer.step()
         self.sums = [a + b for a, b in zip(self.sums, here, strict=True)]
         self.step += 1
+
+    def _try_step(self, images: Tensor, labels: Tensor) -> None:
+        try:
+            self._one_step(images, labels)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise TrainingError(
+                f"the memory of {images.device} does not suffice for a step of {len(images)} images; {self._kept()}. "
+                f"Begin again with a lower --batch-size (now {self.config.batch_size}), or free what else lies there and --resume"
+            ) from error
+
+    def _check_weights(self) -> None:
+        """Raises TrainingError before weights that the last step spoiled take the place of good ones."""
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise self._diverged(f"`{name}` is no longer finite")
+
+    def _diverged(self, what: str) -> TrainingError:
+        where = f"epoch {self.epoch + 1}, step {self.step + 1}"
+        return TrainingError(f"{what} in {where}: training has diverged; {self._kept()}. " + self.help.format(config=self.config))
+
+    def _kept(self) -> str:
+        state = self.out / "state.safetensors"
+        return f"the last good state is kept in {state}" if state.exists() else "no epoch was finished before"
 
     def _must_stop(self, stopped: list[int]) -> bool:
         if self.accelerator.num_processes == 1:
@@ -206,6 +230,7 @@ class Run:
         return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
     def _finish_epoch(self) -> None:
+        self._check_weights()
         loss, right, seen = self.sums
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -238,7 +263,7 @@ class Run:
             state.write(self.out / "state.safetensors", self.model, self.optimizer, words)
 
     def read_state(self) -> None:
-        words = state.read(self.out / "state.safetensors", self.model, self.optimizer, asdict(self.config))
+        words = state.read(self.out / "state.safetensors", self.model, self.optimizer, self.config)
         for name in _COUNTERS:
             setattr(self, name, words[name])
 
@@ -280,10 +305,31 @@ def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu")
     return right / len(split)
 
 
+def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
+    """`network` by torch.compile, and as it is where that fails: the log says why, once."""
+    fast: Callable[..., Any] | None = torch.compile(network)
+
+    def run(images: Tensor) -> Any:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                why = first_line(getattr(error, "inner_exception", error))
+                log.warning("--compile: torch.compile failed (%s): going on without it", why)
+                fast = None
+        return network(images)
+
+    return run
+
+
 def classes_told(model: nn.Module, data: ImageData) -> int:
     """How many classes `model` tells apart, for images like those of `data`."""
     with torch.inference_mode():
-        return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
+        try:
+            return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
+        except RuntimeError as error:
+            raise InputError(f"the network cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error
 
 
 @contextmanager

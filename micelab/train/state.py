@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,20 @@ def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words:
     checkpoint.write_tensors(path, tensors, words)
 
 
-def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any) -> dict[str, Any]:
     """Puts the state at `path` into model and optimizer, and gives back its words.
 
-    Raises CheckpointError where there is none, and InputError naming each option in which it differs from `config`.
+    An option that the state does not name is newer than it: there it had the default. Raises CheckpointError where there is
+    none, and InputError naming each option in which it differs from `config`.
     """
     if not path.exists():
         raise CheckpointError(f"{path.parent} holds no run to resume: start it without --resume")
     tensors, words = checkpoint.read_tensors(path)
-    was, now = words["config"], json.loads(json.dumps(config))  # as it reads from a file
-    differ = [f"{name} was {was.get(name)!r}, is {now[name]!r}" for name in now if was.get(name) != now[name]]
+    defaults = {field.name: field.default for field in fields(config)}
+    was, now = (
+        json.loads(json.dumps(choices)) for choices in (defaults | words["config"], asdict(config))
+    )  # as read from a file
+    differ = [f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]]
     if differ:
         raise InputError(f"{path.parent} was started with other options: {'; '.join(differ)}. Resume with the same ones")
     weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
