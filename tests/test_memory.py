@@ -210,9 +210,7 @@ def test_the_machines_own_memory_running_out_is_recognised():
     assert ran_out(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate", "not enough memory: you tried"]
-)
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you tried", "not enough memory: you tried"])
 def test_a_layer_that_finds_no_memory_on_the_cpu_halves_the_chunk(snn, monkeypatch, caplog, text):
     whole = TimeFolded.call_module
 
