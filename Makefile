@@ -39,9 +39,11 @@ site: .venv/with-site  ## Set up, then make the course into web pages: open buil
 gpu: .venv/with-bench  ## Set up, then check and time everything on an NVIDIA card (a try without one: DEVICE=cpu SMALL=1)
 	$(BIN)/python benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(SMALL),--small) $(if $(MINUTES),--minutes $(MINUTES))
 
+RESULTS ?= build/bench
+
 bench: .venv-bench/with-peers  ## Time the simulation beside spikingjelly, snnTorch and sinabs, in an environment of their own
-	.venv-bench/bin/python benchmarks/simulation.py --out data/results/benchmark-simulation.json --plot docs/speed.png $(BENCH)
-	.venv-bench/bin/python benchmarks/simulation.py --memory --out data/results/benchmark-memory.json
+	.venv-bench/bin/python benchmarks/simulation.py --out $(RESULTS)/benchmark-simulation.json --plot $(RESULTS)/speed.png $(BENCH)
+	.venv-bench/bin/python benchmarks/simulation.py --memory --out $(RESULTS)/benchmark-memory.json
 
 lint: .venv/with-test  ## Set up, then check style and types only
 	$(BIN)/python -m ruff check .

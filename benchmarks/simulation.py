@@ -6,10 +6,10 @@
     python benchmarks/simulation.py --accuracy          # what the fast modes and the grid cost on all test images
 
 Same weights, thresholds, starts and images for all; the ways alternate, `--rounds` times; medians, lowest and highest are written
-down. "convolutions alone" is the floor: T times the network's own convolutions at the best of three batches, no neurons at all.
-Spike counts are compared on the network put on a grid, where every sum is exact, with a simulation in fp64. A timing is a
-ratio within one run: compare no two machines by it. `--clock cpu` counts the seconds of the process instead of those on the wall,
-for one thread on a machine that others use too.
+down. "convolutions alone" is the floor: T times the network's own convolutions, no neurons at all, in batches of several sizes,
+one after another or side by side. Spike counts are compared on the network put on a grid, where every sum is exact, with a
+simulation in fp64. A timing is a ratio within one run: compare no two machines by it. `--clock cpu` counts the seconds of the
+process instead of those on the wall, for one thread on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -37,21 +37,31 @@ from micelab.checkpoint import write_whole
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
 from micelab.network.int8 import has_int8
+from micelab.network.memory import in_chunks
 
 Way = Callable[[Tensor, int], Any]
 STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)
 
 
-def convolutions_alone(snn: micelab.SpikingNetwork, time_steps: int, batch: int) -> Callable[[Tensor], Tensor]:
-    """The floor: the network's own convolutions on T images for each one, `batch` at a time, with no neuron work at all."""
-    net = replace_activations(copy.deepcopy(snn.layers), lambda *_: nn.Identity()).to(memory_format=torch.channels_last)
+def convolutions_alone(
+    snn: micelab.SpikingNetwork, time_steps: int, batch: int, lanes: int = 1, kind: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The floor: the network's own convolutions on T images for each one, `batch` at a time, with no neuron work at all.
+
+    lanes: how many batches go side by side, each by one thread; 1: one after another, each by all threads. kind: what is
+    multiplied, or None for the network's own numbers.
+    """
+    net = replace_activations(copy.deepcopy(snn.layers), lambda *_: nn.Identity()).to(kind, memory_format=torch.channels_last)
+
+    def steps(part: Tensor) -> Tensor:
+        with torch.inference_mode():
+            for _ in range(time_steps):
+                out = net(part)
+            return out
 
     def run(images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        for _ in range(time_steps):
-            for part in images.split(batch):
-                out = net(part)
-        return out
+        images = images.to(kind or images.dtype, memory_format=torch.channels_last)
+        return [out for _, _, out in in_chunks(images, batch, steps, lanes=lanes)][-1]
 
     return run
 
@@ -141,8 +151,15 @@ def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict
         found["micelab, bf16"] = lambda x, t: snn.simulate(x, t, record=False, precision="bf16").logits[-1]
     if has_int8(str(next(snn.layers.parameters()).device)):
         found["micelab, int8"] = lambda x, t: snn.simulate(x, t, record=False, precision="int8").logits[-1]
-    for batch in (floor // 4, floor, 4 * floor):
-        found[f"convolutions alone, {batch} at a time"] = lambda x, t, batch=batch: convolutions_alone(snn, t, batch)(x)
+    kinds = {"": None} | ({"bf16 ": torch.bfloat16} if "micelab, bf16" in found else {})
+    for label, kind in kinds.items():
+        for batch in (floor // 4, floor, 4 * floor):
+            name = f"{label}convolutions alone, {batch} at a time"
+            found[name] = lambda x, t, batch=batch, kind=kind: convolutions_alone(snn, t, batch, 1, kind)(x)
+        if (threads := torch.get_num_threads()) > 1 and not next(snn.layers.parameters()).is_cuda:
+            for batch in (floor // 8, floor // 4):
+                name = f"{label}convolutions alone, {batch} at a time, side by side"
+                found[name] = lambda x, t, batch=batch, kind=kind: convolutions_alone(snn, t, batch, threads, kind)(x)
     for name in names:
         found[name] = peers.peer(name, snn).run
     return found
@@ -170,12 +187,13 @@ def timed(found: dict[str, Way], images: Tensor, time_steps: int, rounds: int, c
 
 
 def with_ratios(rows: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The rows, each with its ratio to the floor (the best batch) and to the best peer."""
+    """The rows, each with its ratio to the floor (the best way to do the convolutions alone; for bf16 that of bf16) and to the
+    best peer."""
     speed = lambda name: rows[name]["images_per_second"]
-    floor = max(speed(name) for name in rows if name.startswith("convolutions"))
+    floors = {kind: [speed(name) for name in rows if name.startswith(f"{kind}convolutions")] for kind in ("", "bf16 ")}
     best = max((speed(name) for name in names), default=None)
-    for row in rows.values():
-        row["share_of_floor"] = round(row["images_per_second"] / floor, 3)
+    for name, row in rows.items():
+        row["share_of_floor"] = round(row["images_per_second"] / max(floors["bf16 " if "bf16" in name else ""]), 3)
         row["ratio_to_best_peer"] = None if best is None else round(row["images_per_second"] / best, 2)
     return rows
 
@@ -198,7 +216,7 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, n
 
 def scaling(snn: micelab.SpikingNetwork, images: Tensor, names: list[str], rounds: int, clock: Any) -> dict[str, Any]:
     """Images a second over T, batch and width."""
-    chosen = {name: way for name, way in ways(snn, names).items() if "recorded" not in name}
+    chosen = {name: way for name, way in ways(snn, names).items() if _drawn(name)}
     out: dict[str, Any] = {"time_steps": {}, "batch": {}, "width": {}}
     for steps in STEPS:
         out["time_steps"][steps] = timed(chosen, images[:32], steps, rounds, clock)
@@ -208,8 +226,23 @@ def scaling(snn: micelab.SpikingNetwork, images: Tensor, names: list[str], round
     for width in WIDTHS:
         torch.manual_seed(0)
         wide = micelab.convert(micelab.resnet20(width=width, activation="quant_clip"), "qcfs").to(images.device)
-        out["width"][width] = timed(ways(wide, names), images[:16], 8, rounds, clock)
+        found = {name: way for name, way in ways(wide, names, floor=32).items() if _drawn(name)}
+        out["width"][width] = timed(found, images[:16], 8, rounds, clock)
     return out
+
+
+def _drawn(name: str) -> str | None:
+    """The line in the picture that the way `name` belongs to, if any."""
+    if name.startswith(("micelab,", "bf16")):
+        return None
+    return name if name == "micelab" else "convolutions alone" if name.startswith("convolutions") else "best peer"
+
+
+def cost_of_steps(snn: micelab.SpikingNetwork, images: Tensor, rounds: int, clock: Callable[[], float]) -> float:
+    """What T = 32 costs over T = 8, the two in turn."""
+    found = {f"micelab, T = {steps}": lambda x, _, steps=steps: snn(x, steps) for steps in (8, 32)}
+    few, many = (row["images_per_second"] for row in timed(found, images, 8, rounds, clock).values())
+    return round(few / many, 2)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -220,18 +253,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 3)
     for number, (threads, found) in enumerate(results["scaling"].items()):
         for ax, (over, points) in zip(axes, found.items(), strict=True):
-            kinds = {"micelab": "micelab", "convolutions": "convolutions alone", "peer": "best peer"}
-            for colour, (start, label) in zip(("C0", "0.5", "C1"), kinds.items(), strict=True):
+            for colour, label in {"C0": "micelab", "0.5": "convolutions alone", "C1": "best peer"}.items():
                 values = {}
                 for at, rows in points.items():
-                    own = lambda name, start=start: (
-                        name.startswith(start) if start != "peer" else not name.startswith(("micelab", "convolutions"))
-                    )
-                    speeds = [
-                        row["images_per_second"]
-                        for name, row in rows.items()
-                        if own(name) and "," not in name.replace(" alone,", "").replace("jelly,", "")
-                    ]
+                    speeds = [row["images_per_second"] for name, row in rows.items() if _drawn(name) == label]
                     if speeds:
                         values[int(at)] = max(speeds) * (int(at) if over == "time_steps" else 8)
                 style = {"color": colour, "linestyle": ("-", "--")[number % 2], "marker": "."}
@@ -301,6 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
             one = timed(ways(snn, []), images[:1], options.time_steps, 4 * options.rounds, clock)["micelab"]
             results.setdefault("one_image_ms", {})[threads] = round(1000 / one["images_per_second"], 1)
             print(f"threads {threads}  one image: {results['one_image_ms'][threads]} ms", flush=True)
+            ratio = cost_of_steps(snn, images[: options.batch], options.rounds, clock)
+            results.setdefault("cost_of_32_steps_over_8", {})[threads] = ratio
+            print(f"threads {threads}  T = 32 over T = 8: {ratio}", flush=True)
             save(options.out, results)
         for threads in () if options.quick else options.threads:
             torch.set_num_threads(threads)

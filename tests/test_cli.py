@@ -26,7 +26,7 @@ def run(*words):
     return runner.invoke(app, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "convert", "evaluate", "explain", "data"])
+@pytest.mark.parametrize("command", ["demo", "train", "remake", "convert", "evaluate", "explain", "data"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -11,11 +11,12 @@ import time
 import pytest
 import torch
 
-from micelab import checkpoint, train
+from micelab import checkpoint, joint, train
 from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.models import resnet20, small_cnn
-from micelab.train import TrainConfig, recipe
+from micelab.train import TrainConfig, recipe, remake
+from micelab.train.recipe import ThroughTimeConfig
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
 OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
@@ -448,3 +449,60 @@ def test_starting_from_another_network_names_what_does_not_fit(tmp_path):
     checkpoint.save(small_cnn(width=4), tmp_path / "narrow")
     with pytest.raises(CheckpointError, match="of another network: `"):
         TrainConfig(start=str(tmp_path / "narrow")).build(data)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A network of two runs on the digits, as it would be shipped: its checkpoint."""
+    folder = tmp_path_factory.mktemp("chain")
+    first = TrainConfig(epochs=1, width=4, levels=2, theta=2.0, lr=0.05)
+    train.train(first, folder / "first", load_data())
+    second = ThroughTimeConfig(epochs=1, time_steps=(2,), start=str(folder / "first" / "model.safetensors"), distill=0.5)
+    network = joint.train(second, folder / "second", load_data())
+    card = json.loads((folder / "second" / "model.json").read_text())
+    return checkpoint.save(network, folder / "shipped", card)
+
+
+def test_a_network_is_made_again_from_its_card_alone(chain, tmp_path, monkeypatch):
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(chain.read_bytes())
+    again = remake.remake(moved, tmp_path / "runs", progress=False)
+    was = checkpoint.load(chain)
+    assert all(torch.equal(a, b) for a, b in zip(was.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again.card["test_accuracy"] == was.card["test_accuracy"]
+    assert again.card["command"] == f"micelab remake {moved}"
+    assert [stage["recipe"]["start"] for stage in again.card["stages_before"]] == [None]
+    trained = []
+    monkeypatch.setattr(remake, "train", lambda *args: trained.append(args))
+    (tmp_path / "runs" / "2" / "model.safetensors").unlink()  # stopped before it was written: the state is there
+    assert remake.remake(moved, tmp_path / "runs", progress=False).card["test_accuracy"] == was.card["test_accuracy"]
+    assert trained == []
+
+
+def test_the_command_lists_the_runs_and_makes_them_again(chain, tmp_path):
+    command = [sys.executable, "-m", "micelab", "remake", str(chain), "--out", str(tmp_path / "runs")]
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line[:13] for line in listed] == ["1/2  1 epochs", "2/2  1 epochs"]
+    assert not (tmp_path / "runs").exists()
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    accuracy = f"{100 * checkpoint.load(chain).card['test_accuracy']:.2f} %"
+    assert f"test: {accuracy}, {accuracy} on the card" in said
+
+
+def test_networks_that_cannot_be_made_again_say_why(chain, tmp_path):
+    plain = checkpoint.save(small_cnn(), tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="has no card that tells how it was trained"):
+        remake.remake(plain, tmp_path / "runs")
+    network = checkpoint.load(chain)
+    network.card["recipe"]["from_the_future"] = 1
+    odd = checkpoint.save(network, tmp_path / "odd", network.card)
+    with pytest.raises(CheckpointError, match=r"card of .*odd.* is of another version of micelab: .*from_the_future"):
+        remake.remake(odd, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", checkpoint.shipped())
+def test_every_shipped_network_has_a_recipe_for_each_of_its_runs(name):
+    card = checkpoint.load(name).card
+    assert len(remake.recipes(name)) == len(card.get("stages_before", [])) + 1
+    assert remake.recipes(name)[-1].dataset == card["dataset"]
+    assert remake.recipes(name)[0].start is None

@@ -125,7 +125,7 @@ class JointConfig(Recipe):
             kind = "ThroughTimeConfig" if self.gradient == "time" else "JointConfig"
             raise InputError(f'gradient is "{self.gradient}": use {kind}, whose rate and optimizer are made for it')
         if self.gradient == "time" and self.penalty:
-            raise InputError("--penalty goes with the gradient of the rates: leave it out, or leave out --gradient time")
+            raise InputError("--penalty goes with the gradient of the rates: leave it out, or give --gradient rates")
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,20 @@ class Named:
 
 def _resnet20(dataset: str, kind: str, start: str, first: dict[str, Any]) -> Named:
     both = {"dataset": dataset} | ({} if kind == "A" else {"storage": "fp16"})
-    return Named(both, {"network": "resnet20", "kind": kind} | first, {"start": start})
+    return Named(both, {"network": "resnet20", "kind": kind} | first, {"start": start, "gradient": "time"})
 
 
 _LONG = {"augment": "cutout", "label_smoothing": 0.1}
 RECIPES = {
     "cifar10-a": _resnet20("cifar10", "A", "resnet20a-cifar10-qcfs", {"epochs": 60}),
-    "cifar100-a": _resnet20("cifar100", "A", "data/runs/cifar100-a/model.safetensors", {"epochs": 100, "lr": 0.05}),
+    "cifar100-a": _resnet20("cifar100", "A", "resnet20a-cifar100-qcfs", {"epochs": 100, "lr": 0.05}),
     "cifar10-b": _resnet20("cifar10", "B", "data/runs/cifar10-b/model.safetensors", {"epochs": 60} | _LONG),
     "cifar100-b": _resnet20("cifar100", "B", "data/runs/cifar100-b/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
     "cifar10-c": _resnet20("cifar10", "C", "data/runs/cifar10-c/model.safetensors", {"epochs": 60} | _LONG),
     "cifar100-c": _resnet20("cifar100", "C", "data/runs/cifar100-c/model.safetensors", {"epochs": 60, "lr": 0.05} | _LONG),
 }
-"""Stage 1 of each is `micelab train --recipe NAME`, stage 2 the same with `--joint`, which starts from what stage 1 left."""
+"""Stage 1 of each is `micelab train --recipe NAME`, stage 2 the same with `--joint`, through time; it starts from the shipped
+network of stage 1 (kind A), or from what stage 1 left in data/runs/."""
 
 
 def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
@@ -178,8 +179,8 @@ def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
         raise InputError(f"--recipe {name} is unknown: choose {', '.join(RECIPES)}")
     named = RECIPES[name] if name is not None else Named({}, {"epochs": 60}, {})
     if joint:
-        kind = ThroughTimeConfig if given.get("gradient") == "time" else JointConfig
-        return kind(**named.both | named.joint | given)
+        chosen = named.both | named.joint | given
+        return (ThroughTimeConfig if chosen.get("gradient") == "time" else JointConfig)(**chosen)
     words = named.both | named.first | given
     words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
     if words.get("activation") in ("relu", "clip"):

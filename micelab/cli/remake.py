@@ -1,0 +1,45 @@
+"""`micelab remake`: a shipped network trained again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from micelab.cli.app import FolderOption, command
+
+
+@command(epilog="Examples: `micelab remake resnet20a-cifar10-mice-t2 --list` · `micelab remake resnet20a-cifar10-qcfs`")
+def remake(
+    checkpoint: Annotated[str, typer.Argument(help="Name of a shipped network, or path of a checkpoint.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of its runs, 1, 2, ... [data/runs/remade-NAME].")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Show the runs and what they reached, and stop.")] = False,
+    data: FolderOption = None,
+) -> None:
+    """Train a network again: every run that its card names, one after the other.
+
+    Call it again after a stop: it goes on where it was.
+    """
+    import micelab
+    from micelab.machine import keep_memory
+    from micelab.train.remake import recipes
+    from micelab.train.remake import remake as again
+
+    stages = recipes(checkpoint)
+    network: Any = micelab.load(checkpoint)
+    runs = [*network.card.get("stages_before", []), network.card]
+    for number, (stage, run) in enumerate(zip(stages, runs, strict=True), 1):
+        reached = f"{stage.epochs} epochs, {run['hours']:.1f} h, validation {100 * run['validation_accuracy']:.2f} %"
+        typer.echo(f"{number}/{len(runs)}  {reached}  {run['command']}")
+    if only_list:
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    keep_memory()
+    out = out or Path("data/runs") / f"remade-{Path(checkpoint).stem}"
+    made = again(checkpoint, out, data).card
+    for split in ("validation", "test"):
+        was, now = (card[f"{split}_accuracy"] for card in (network.card, made))
+        typer.echo(f"{split}: {100 * now:.2f} %, {100 * was:.2f} % on the card")
+    typer.echo(f"in {out / str(len(runs)) / 'model.safetensors'}")

@@ -1,0 +1,60 @@
+"""A trained network made again from its card: every run that led to it, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from micelab import checkpoint
+from micelab.exceptions import CheckpointError
+from micelab.train.recipe import JointConfig, ThroughTimeConfig, TrainConfig
+from micelab.train.run import train
+
+
+def recipes(name: str | Path) -> list[TrainConfig | JointConfig]:
+    """The recipe of every run that led to the checkpoint `name`, from the first to its own, as its card has them.
+
+    >>> [type(recipe).__name__ for recipe in recipes("resnet20a-cifar100-qcfs")]
+    ['TrainConfig', 'TrainConfig']
+
+    Raises CheckpointError where the card tells no recipe, or one of another version.
+    """
+    card = getattr(checkpoint.load(name), "card", {})
+    if "recipe" not in card:
+        raise CheckpointError(f"{name} has no card that tells how it was trained, so that it cannot be made again")
+    return [_recipe(stage["recipe"], name) for stage in [*card.get("stages_before", []), card]]
+
+
+def remake(name: str | Path, out: str | Path, folder: str | Path | None = None, progress: bool = True) -> Any:
+    """Trains the checkpoint `name` again from nothing and gives back the network with its new card.
+
+    Run 1, 2, ... is in the folder `out`/1, `out`/2, ... Each starts from what the one before it left, whatever its card called
+    that; a teacher is the shipped one. Runs that are there are not made again, one that was stopped goes on. On the same
+    machine, with the same threads and torch, the weights are the same.
+    """
+    from micelab import joint
+
+    start = None
+    for number, recipe in enumerate(recipes(name), 1):
+        place = Path(out) / str(number)
+        recipe = recipe if start is None else replace(recipe, start=str(start))
+        start = place / "model.safetensors"
+        if start.exists():
+            continue
+        resume, command = (place / "state.safetensors").exists(), f"micelab remake {name}"
+        if isinstance(recipe, JointConfig):
+            joint.train(recipe, place, None, None, resume, progress, folder, command)
+        else:
+            train(recipe, place, None, resume, progress, folder, command)
+    return checkpoint.load(str(start))
+
+
+def _recipe(words: dict[str, Any], name: str | Path) -> TrainConfig | JointConfig:
+    joint = ThroughTimeConfig if words.get("gradient") == "time" else JointConfig
+    try:
+        if "network" in words:
+            return TrainConfig(**words)
+        return joint(**words | {"time_steps": tuple(words["time_steps"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"the card of {name} is of another version of micelab: {error}") from error
