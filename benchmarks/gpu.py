@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import micelab
 from micelab import neuron
+from micelab.exceptions import InputError
 from micelab.machine import full_precision, machine
 
 RECIPES = {name: f"--recipe {name} --epochs 20 --batch-size 256 --precision bf16" for name in ("cifar10-c", "cifar100-c")}
@@ -55,40 +56,25 @@ def neurons_alike(device: str, small: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def on_a_grid(snn: micelab.SpikingNetwork, bits: int = 6) -> micelab.SpikingNetwork:
-    """A copy with weights on a grid of 2^-bits and thresholds and image spread at powers of two: fp32 sums are then exact."""
-    snn = copy.deepcopy(snn)
-    for tensor in (*snn.layers.parameters(), *snn.layers.buffers()):
-        tensor.copy_((tensor * 2**bits).round() / 2**bits)
-    for layer in snn.neurons.values():
-        layer.theta.copy_(layer.theta.clamp(min=2**-bits).log2().round().exp2())
-    for module in snn.modules():
-        if isinstance(module, micelab.models.Normalize):
-            module.std.copy_(module.std.clamp(min=2**-bits).log2().round().exp2())
-    return snn
+def on_a_grid(snn: micelab.SpikingNetwork, time_steps: int) -> tuple[micelab.SpikingNetwork, int]:
+    """A copy on the finest grid on which no sum can pass 2^24 units, where fp32 is exact in any order; and its bits."""
+    for bits in range(8, 0, -1):
+        try:
+            return micelab.snap_to_grid(snn, bits=bits, value_bits=min(bits, 6), time_steps=time_steps), bits
+        except InputError as error:
+            refused = error
+    raise refused
 
 
 def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str) -> dict[str, Any]:
-    """Spike counts of every layer on `device` and on the CPU, weights on a grid: how many neurons differ.
-
-    cuDNN may choose an algorithm that transforms the weights (Winograd) and is not exact on the grid; where counts differ the
-    comparison is made again without cuDNN, which says whether it was the convolutions or the neurons.
-    """
-    snn, images = on_a_grid(snn), (images * 16).round() / 16
-    expected = snn.simulate(images, time_steps)
-    there = copy.deepcopy(snn).to(device)
-
-    def different() -> int:
-        run = there.simulate(images.to(device), time_steps)
-        return sum(int((run.layers[name].count.cpu() != layer.count).sum()) for name, layer in expected.layers.items())
-
-    counts = [layer.count for layer in expected.layers.values()]
-    found = {"neurons": sum(map(torch.numel, counts)), "spikes": sum(int(n.sum()) for n in counts), "different": different()}
-    found |= {"time_steps": time_steps, "images": len(images), "layers": len(counts)}
-    if found["different"] and device != "cpu":
-        with torch.backends.cudnn.flags(enabled=False):
-            found["different_without_cudnn"] = different()
-    return found
+    """Spike counts of every layer on `device` and on the CPU, weights on a grid: how many neurons differ."""
+    snapped, bits = on_a_grid(snn, time_steps)
+    expected = snapped.simulate(images, time_steps, record="counts")
+    run = copy.deepcopy(snapped).to(device).simulate(images.to(device), time_steps, record="counts")
+    pairs = [(layer.count, run.layers[name].count.cpu()) for name, layer in expected.layers.items()]
+    found = {"neurons": sum(here.numel() for here, _ in pairs), "spikes": sum(int(here.sum()) for here, _ in pairs)}
+    found |= {"different": sum(int((here != there).sum()) for here, there in pairs), "bits": bits}
+    return found | {"time_steps": time_steps, "images": len(images), "layers": len(pairs)}
 
 
 def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -193,6 +179,15 @@ def trained(options: str, out: Path, minutes: float) -> dict[str, Any]:
     return found
 
 
+def spiking(checkpoint: Path, time_steps: int, device: str) -> dict[str, float]:
+    """Accuracy on the test images of the network that a training left, and of what conversion makes of it at T = `time_steps`."""
+    ann: Any = micelab.load(checkpoint)
+    snn = micelab.convert(ann, "qcfs", time_steps=time_steps).to(device)
+    batches = micelab.load_data(ann.card["dataset"]).test.batches(500, device=device)
+    curve = micelab.accuracy_curve(snn, batches, (time_steps,))
+    return {"test_accuracy": ann.card["test_accuracy"], "test_accuracy_with_spikes": curve.accuracy[0]}
+
+
 def networks(small: bool) -> dict[str, micelab.SpikingNetwork]:
     """The networks that are measured: A as shipped, C with random weights (a speed does not depend on them, spikes aside)."""
     torch.manual_seed(0)
@@ -222,11 +217,10 @@ def page(results: dict[str, Any]) -> str:
         counts = found["counts"]
         lines += ["", f"## {name}", ""]
         lines.append(
-            f"Spike counts on a 2^-6 grid: {counts['different']} of {counts['neurons']:,} neurons in {counts['layers']} layers "
-            f"differ from the CPU's ({counts['images']} images, T = {counts['time_steps']}, {counts['spikes']:,} spikes)."
+            f"Spike counts, weights on a 2^-{counts['bits']} grid: {counts['different']} of {counts['neurons']:,} neurons in "
+            f"{counts['layers']} layers differ from the CPU's ({counts['images']} images, T = {counts['time_steps']}, "
+            f"{counts['spikes']:,} spikes)."
         )
-        if "different_without_cudnn" in counts:
-            lines.append(f"Without cuDNN: {counts['different_without_cudnn']}.")
         lines += ["", f"{found['images']} images:", ""]
         columns = ("images_per_second", "lowest", "highest", "share_of_floor", "peak_mb", "same_predictions")
         lines += ["| way | " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---" * 7 + "|"]
@@ -238,11 +232,12 @@ def page(results: dict[str, Any]) -> str:
         for way, row in found["few"].items():
             cells = [row[column] for column in columns[:3]] + [row.get("largest_difference", "-")]
             lines.append(f"| {way} | " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Training", "", "| run | epochs | minutes | validation accuracy | |", "|---|---|---|---|---|"]
+    lines += ["", "## Training", "", "| run | epochs | minutes | validation | test | test with spikes | |", "|---" * 7 + "|"]
     for name, run in results["training"].items():
-        accuracy = f"{100 * run['validation_accuracy']:.2f} %" if "validation_accuracy" in run else "-"
+        splits = ("validation_accuracy", "test_accuracy", "test_accuracy_with_spikes")
+        reached = " | ".join(f"{100 * run[split]:.2f} %" if split in run else "-" for split in splits)
         note = run.get("failed", "stopped by the time limit" if run["stopped"] else "")
-        lines.append(f"| {name} | {run.get('epochs', 0)} | {run['minutes']} | {accuracy} | {note} |")
+        lines.append(f"| {name} | {run.get('epochs', 0)} | {run['minutes']} | {reached} | {note} |")
     return "\n".join(lines) + "\n"
 
 
@@ -284,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     for recipe, words in (SMALL_RECIPES if small else RECIPES).items() if options.minutes > 0 else ():
         print(f"training {recipe}, at most {options.minutes:g} minutes ...", flush=True)
         folder = Path("data/runs") / f"{out.name}-{recipe}-{int(time.time())}"
-        results["training"][recipe] = trained(words, folder, options.minutes)
+        results["training"][recipe] = run = trained(words, folder, options.minutes)
+        if (folder / "model.safetensors").exists():
+            run |= spiking(folder / "model.safetensors", options.time_steps, device)
         write(out, results)
     print(f"{page(results)}\nwritten to {out}.json and {out}.md")
     return int(any(row["different"] for row in results["neurons"]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import micelab
+from micelab.exceptions import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,13 +57,26 @@ def test_the_whole_command_writes_numbers_and_a_page(gpu, tiny, tmp_path, monkey
     assert results["training"] == {}
 
 
-def test_weights_are_put_on_the_grid_in_a_copy(gpu, tiny):
-    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    snapped = gpu.on_a_grid(tiny).state_dict()
-    for name, tensor in tiny.state_dict().items():
-        assert torch.equal(before[name], tensor)
-        assert torch.equal(snapped[name] * 64, (snapped[name] * 64).round()), name
-    assert any(not torch.equal(snapped[name], tensor) for name, tensor in before.items())
+def test_the_grid_is_the_finest_on_which_sums_are_exact(gpu, tiny):
+    snapped, bits = gpu.on_a_grid(tiny, 4)
+    assert (bits, snapped.most_steps) == (8, 4)
+    snn, steps = micelab.convert(gpu.random_network(width=8), "qcfs"), 512
+    snapped, bits = gpu.on_a_grid(snn, steps)
+    assert bits < 8
+    with pytest.raises(InputError, match="exact up to 2.24 units"):
+        micelab.snap_to_grid(snn, bits=bits + 1, value_bits=min(bits + 1, 6), time_steps=steps)
+
+
+def test_a_trained_network_is_measured_with_its_spikes(gpu, tmp_path):
+    config = micelab.train.TrainConfig(epochs=1, width=4, theta=2.0)
+    micelab.train.train(config, tmp_path, progress=False)
+    found = gpu.spiking(tmp_path / "model.safetensors", 4, "cpu")
+    ann, data = micelab.load(tmp_path / "model.safetensors"), micelab.load_data("digits")
+    assert found["test_accuracy"] == ann.card["test_accuracy"]
+    assert (
+        found["test_accuracy_with_spikes"]
+        == micelab.accuracy_curve(micelab.convert(ann, "qcfs"), data.test.batches(), (4,)).accuracy[0]
+    )
 
 
 def test_a_peer_that_does_not_run_is_a_line_in_the_table(gpu, tiny, monkeypatch):
