@@ -36,6 +36,7 @@ import micelab
 from micelab.checkpoint import write_whole
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
+from micelab.network.events import has_events
 from micelab.network.int8 import has_int8
 from micelab.network.memory import in_chunks
 
@@ -93,6 +94,7 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
     ways: dict[str, Any] = {"fp32": (snn, "fp32")}
+    ways |= {"events": (snn, "events")} if has_events(str(device)) else {}
     ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
     ways |= {"int8": (snn, "int8")} if has_int8(str(device)) else {}
     ways["grid"] = (micelab.snap_to_grid(snn, time_steps=time_steps), "fp32")
@@ -147,6 +149,8 @@ def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict
     """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
     found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
     found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
+    if has_events(str(next(snn.layers.parameters()).device)):
+        found["micelab, events"] = lambda x, t: snn.simulate(x, t, record=False, precision="events").logits[-1]
     if has_bf16(str(next(snn.layers.parameters()).device)):
         found["micelab, bf16"] = lambda x, t: snn.simulate(x, t, record=False, precision="bf16").logits[-1]
     if has_int8(str(next(snn.layers.parameters()).device)):

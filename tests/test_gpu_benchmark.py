@@ -63,7 +63,7 @@ def test_the_grid_is_the_finest_on_which_sums_are_exact(gpu, tiny):
     snn, steps = micelab.convert(gpu.random_network(width=8), "qcfs"), 512
     snapped, bits = gpu.on_a_grid(snn, steps)
     assert bits < 8
-    with pytest.raises(InputError, match="exact up to 2.24 units"):
+    with pytest.raises(InputError, match=r"exact up to 2\^24 units"):
         micelab.snap_to_grid(snn, bits=bits + 1, value_bits=min(bits + 1, 6), time_steps=steps)
 
 

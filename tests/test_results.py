@@ -154,6 +154,16 @@ def test_the_readme_shows_the_stored_speeds():
         assert f"| {name} | {numbers}" in readme
 
 
+def test_the_docs_show_the_stored_milliseconds_of_convolutions_that_follow_spikes():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-events.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"    {stored['command']}\n" in page
+    for name, row in stored["layers"].items():
+        ways = ("dense", "followed", "scattered", "columns", "columns, product alone", "packed")
+        cells = [str(row[way]["ms"]) if way in row else "too narrow" for way in ways]
+        assert f"| `{name}` | {row['shape'][1]} | {row['rate']:.3f} | {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize("name", ["digits-t2", "cifar10-t4"])
 def test_an_ablation_in_the_docs_is_the_stored_one_digit_for_digit(name):
     stored = json.loads((ROOT / "data" / "results" / f"ablation-{name}.json").read_text())

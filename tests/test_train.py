@@ -128,6 +128,21 @@ def test_two_processes_train_one_network_the_same_way_each_time(tmp_path):
     assert card["processes"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["rates", "time"])
+def test_two_processes_train_one_network_jointly_the_same_way_each_time(tmp_path, undisturbed, gradient):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["--joint", "--gradient", gradient, "--time-steps", "2", "--start", str(undisturbed / "model.safetensors")]
+    options += ["--epochs", "1", "--lr", "1e-3"]
+    for name in ("one", "two"):
+        command = [*TWO, *options, "--out", str(tmp_path / name)]
+        finished(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    card = json.loads((tmp_path / "one" / "model.json").read_text())
+    assert card["processes"] == 2
+    assert card["test_accuracy"] > 0.5
+
+
 # Resumed at every kind of step: in this process
 
 

@@ -16,7 +16,7 @@ from micelab.exceptions import InputError
 from micelab.graph.runner import check_images
 from micelab.graph.tracing import activations, depth
 from micelab.machine import has_bf16, say_lacking, sums_of_products
-from micelab.network import int8
+from micelab.network import events, int8
 from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
 from micelab.network.memory import Pace, device_budget, in_chunks
 from micelab.network.records import Record, SimulationRun
@@ -32,11 +32,16 @@ DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
 
-Precision = Literal["fp32", "bf16", "int8"]
-"""fp32 is exact. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16
-numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
+Precision = Literal["fp32", "events", "bf16", "int8"]
+"""fp32 is exact. events (CPU only): fp32's numbers, added spike by spike in layers of 32 channels or more, so that sums round in
+another order; on a grid the same bits. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear
+layers multiply bf16 numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
 
-_LACKING = {"bf16": "bf16 arithmetic (it would be emulated, and slower than fp32)", "int8": "quantized convolution here"}
+_LACKING = {
+    "events": "compiled convolution of spikes (no C compiler works here)",
+    "bf16": "bf16 arithmetic (it would be emulated, and slower than fp32)",
+    "int8": "quantized convolution here",
+}
 
 
 class SpikingNetwork(nn.Module):
@@ -89,8 +94,8 @@ class SpikingNetwork(nn.Module):
         keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go through at a time, which does not change the result:
         by default as many as fit the device budget, or, on a CPU, as many as were fastest in the first chunks. Where the device
         runs out of memory the chunk is halved, and stays so.
-        `precision` "bf16" and "int8" are fast modes of other numbers (docs/performance.md): where the device lacks one the log
-        says so once, and fp32 is used.
+        `precision` "events" adds fp32's numbers spike by spike, "bf16" and "int8" are fast modes of other numbers
+        (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
         """
         images, used = self._check(images, time_steps), self._possible(precision, images)
         if chunk is not None and chunk < 1:
@@ -188,12 +193,13 @@ class SpikingNetwork(nn.Module):
 
     def _possible(self, precision: str, images: Tensor) -> str:
         """`precision`, or fp32 where the device lacks it, which the log says once."""
-        if precision not in ("fp32", "bf16", "int8"):
-            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'bf16' or 'int8' (fast modes)")
-        if precision != "fp32" and self.most_steps is not None:
+        if precision not in ("fp32", *_LACKING):
+            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'events', 'bf16' or 'int8' (fast modes)")
+        if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
         device = str(images.device)
-        if precision == "fp32" or (has_bf16 if precision == "bf16" else int8.has_int8)(device):
+        has = {"events": events.has_events, "bf16": has_bf16, "int8": int8.has_int8}
+        if precision == "fp32" or has[precision](device):
             return precision
         say_lacking(device, _LACKING[precision])
         return "fp32"

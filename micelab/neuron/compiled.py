@@ -75,6 +75,24 @@ def as_bytes(values: Tensor) -> Tensor:
     return made
 
 
+def convolve_events(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """The convolution of spikes [N, C, H, W] (not 0 where there is one) by weight [rows, columns, C, out], theta multiplied in,
+    with bias [out]; fp32, out a multiple of 32. [N, out, H, W], channels_last.
+
+    Raises RuntimeError where the memory does not suffice.
+    """
+    spikes = spikes.contiguous(memory_format=torch.channels_last)
+    images, channels, height, width = spikes.shape
+    rows, columns, _, outputs = weight.shape
+    high, wide = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in ((height, rows), (width, columns)))
+    out = torch.empty((images, outputs, high, wide), memory_format=torch.channels_last)
+    places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
+    sizes = (images, height, width, channels, outputs, rows, columns, stride, padding)
+    if shared_library().convolve_events(*places, *sizes, threads_for(spikes)):
+        raise RuntimeError("can't allocate memory for lists of spikes")
+    return out
+
+
 def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tensor | None:
     """Q(z) of `micelab.activation.quantize` in one pass over z, fp32 or bf16; None where it cannot run here.
 
