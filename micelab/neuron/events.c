@@ -38,9 +38,42 @@ INLINE int64_t listed(const float *values, int64_t size, int32_t from, int32_t *
     return found;
 }
 
+/* for 3x3 weights and stride 1: adds what the spikes of each place give to the nine around it, V vectors of outputs from `block` on;
+   room: the currents, and an edge around them that some spikes beside it reach */
+INLINE void spread(const layer *k, float *room, const int32_t *list, const int64_t *start, int64_t block, const int V)
+{
+    const int64_t step = k->channels * k->outputs;
+    for (int64_t y = 0; y < k->height; y++)
+        for (int64_t x = 0; x < k->width; x++) {
+            const int32_t *at = list + start[y * (k->width + 1) + x], *end = list + start[y * (k->width + 1) + x + 1];
+            if (at == end)
+                continue;
+            vector sum[9][V];
+            const float *weights = k->weights + block - x * step;
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; tap++)
+#pragma GCC unroll 8
+                for (int i = 0; i < V; i++)
+                    sum[tap][i] = load(weights + *at * k->outputs + tap * step + i * LANES);
+            for (at++; at < end; at++)
+#pragma GCC unroll 9
+                for (int tap = 0; tap < 9; tap++)
+#pragma GCC unroll 8
+                    for (int i = 0; i < V; i++)
+                        sum[tap][i] += load(weights + *at * k->outputs + tap * step + i * LANES);
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; tap++)
+#pragma GCC unroll 8
+                for (int i = 0; i < V; i++) {
+                    float *into = room + ((y + 2 - tap / 3) * (k->width + 2) + x + 2 - tap % 3) * k->outputs + block + i * LANES;
+                    keep(into, load(into) + sum[tap][i]);
+                }
+        }
+}
+
 /* the currents of V vectors of outputs from `block` on; list: the spikes' places in their row of the image, row after row;
    start[y*(width + 1) + x]: where those of column x and beyond begin */
-INLINE void currents(const layer *k, float *out, const int32_t *list, const int64_t *start, int64_t block, const int V)
+INLINE void gather(const layer *k, float *out, const int32_t *list, const int64_t *start, int64_t block, const int V)
 {
     for (int64_t oy = 0; oy < k->high; oy++)
         for (int64_t ox = 0; ox < k->wide; ox++) {
@@ -78,6 +111,27 @@ INLINE void currents(const layer *k, float *out, const int32_t *list, const int6
         }
 }
 
+/* every output's bias in a room for currents with an edge around them, then what `spread` adds, then the currents out of it */
+static void spread_all(const layer *k, float *room, float *out, const int32_t *list, const int64_t *start)
+{
+    const int64_t wide = k->width + 2, inside = 2 - k->padding;
+    for (int64_t place = 0; place < (k->height + 2) * wide; place++)
+        memcpy(room + place * k->outputs, k->bias, k->outputs * sizeof *room);
+    for (int64_t block = 0; block < k->outputs; block += 2 * LANES)
+        spread(k, room, list, start, block, 2);
+    for (int64_t y = 0; y < k->high; y++)
+        memcpy(out + y * k->wide * k->outputs, room + ((y + inside) * wide + inside) * k->outputs, k->wide * k->outputs * sizeof *out);
+}
+
+static void gather_all(const layer *k, float *out, const int32_t *list, const int64_t *start)
+{
+    int64_t block = 0;
+    for (; k->outputs - block >= 4 * LANES; block += 4 * LANES)
+        gather(k, out, list, start, block, 4);
+    for (; block < k->outputs; block += 2 * LANES)
+        gather(k, out, list, start, block, 2);
+}
+
 /* 0, or 1 where there is no memory for the lists */
 int convolve_events(const float *spikes, const float *weights, const float *bias, float *out, int64_t images, int64_t height,
                     int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
@@ -85,16 +139,18 @@ int convolve_events(const float *spikes, const float *weights, const float *bias
 {
     const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
     const layer k = {weights, bias, height, width, channels, outputs, rows, columns, stride, padding, high, wide};
+    const int spreads = rows == 3 && columns == 3 && stride == 1 && padding <= 2 && outputs < 4 * LANES; /* `gather` takes 4 at once */
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int32_t *list = malloc((height * width * channels + 16) * sizeof *list);
         int64_t *start = malloc(height * (width + 1) * sizeof *start);
-        if (!list || !start)
+        float *room = malloc(spreads ? (height + 2) * (width + 2) * outputs * sizeof *room : 1);
+        if (!list || !start || !room)
             failed = 1;
 #pragma omp for schedule(static)
         for (int64_t image = 0; image < images; image++) {
-            if (!list || !start)
+            if (!list || !start || !room)
                 continue;
             const float *values = spikes + image * height * width * channels;
             int64_t found = 0;
@@ -105,14 +161,14 @@ int convolve_events(const float *spikes, const float *weights, const float *bias
                         found += listed(values + (y * width + x) * channels, channels, x * channels, list + found);
                 }
             float *into = out + image * high * wide * outputs;
-            for (int64_t block = 0; block < outputs; block += 4 * LANES)
-                if (outputs - block >= 4 * LANES)
-                    currents(&k, into, list, start, block, 4);
-                else
-                    currents(&k, into, list, start, block, 2);
+            if (spreads)
+                spread_all(&k, room, into, list, start);
+            else
+                gather_all(&k, into, list, start);
         }
         free(list);
         free(start);
+        free(room);
     }
     return failed;
 }
