@@ -42,7 +42,10 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-3] != len(self.mean):
-            raise InputError(f"images have {x.shape[-3]} channels, and this network was made for {len(self.mean)}")
+            wanted = len(self.mean)
+            raise InputError(
+                f"images have {x.shape[-3]} channels, and this network was made for {wanted}: give it images of {wanted}"
+            )
         return (x - self.mean) / self.std
 
 

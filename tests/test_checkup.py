@@ -159,7 +159,11 @@ def test_rarer_problems_are_reported_too(make, wanted):
 def test_images_show_what_only_running_shows():
     assert checkup(micelab.small_cnn(), IMAGES)
     report = checkup(micelab.small_cnn(), torch.rand(2, 3, 8, 8))
-    assert "cannot take input of shape (2, 3, 8, 8)" in report.problems[0].why or "stem.0" in report.words()
+    (problem,) = report.problems
+    assert "images have 3 channels, and this network was made for 1" in problem.why
+    assert problem.remedy == "give it images of 1"
+    report = checkup(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(2, 3, 8, 8))
+    assert "cannot take input of shape (2, 3, 8, 8)" in report.words()
 
 
 def test_nothing_of_the_callers_is_changed():

@@ -170,7 +170,10 @@ def test_caller_keeps_network_and_images_as_they_were():
         ({"calibration": torch.zeros(0, 1, 8, 8)}, "at least one image"),
         ({"calibration": torch.tensor(1.0)}, "at least one image"),
         ({"calibration": (IMAGES * 255).byte()}, "images.float"),
-        ({"calibration": IMAGES.repeat(1, 3, 1, 1)}, r"layer `stem\.0` cannot take input of shape \(64, 3, 8, 8\)"),
+        (
+            {"calibration": IMAGES.repeat(1, 3, 1, 1)},
+            "layer `normalize`: images have 3 channels, and this network was made for 1",
+        ),
         ({"calibration": IMAGES.log()[:0].repeat(2, 1, 1, 1)}, "at least one image"),
         ({"calibration": torch.full_like(IMAGES, torch.nan)}, "image 0 of the batch holds NaN"),
     ],
