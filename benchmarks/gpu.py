@@ -24,12 +24,11 @@ from typing import Any
 
 import peers
 import torch
-from simulation import convolutions_alone
+from simulation import convolutions_alone, on_a_grid
 from torch import Tensor, nn
 
 import micelab
 from micelab import neuron
-from micelab.exceptions import InputError
 from micelab.machine import full_precision, machine
 
 RECIPES = {name: f"--recipe {name} --epochs 20 --batch-size 256 --precision bf16" for name in ("cifar10-c", "cifar100-c")}
@@ -54,16 +53,6 @@ def neurons_alike(device: str, small: bool) -> list[dict[str, Any]]:
                 different = sum(int((a != b).sum()) for a, b in zip(*results, strict=True))
                 rows.append({"type": str(dtype)[6:], "time_steps": steps, "signed": signed, "different": different})
     return rows
-
-
-def on_a_grid(snn: micelab.SpikingNetwork, time_steps: int) -> tuple[micelab.SpikingNetwork, int]:
-    """A copy on the finest grid on which no sum can pass 2^24 units, where fp32 is exact in any order; and its bits."""
-    for bits in range(8, 0, -1):
-        try:
-            return micelab.snap_to_grid(snn, bits=bits, value_bits=min(bits, 6), time_steps=time_steps), bits
-        except InputError as error:
-            refused = error
-    raise refused
 
 
 def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import micelab
 from micelab.checkpoint import write_whole
+from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
 from micelab.network.events import has_events
@@ -89,6 +90,16 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
     return found | {"all_kept_mb": resident()}
 
 
+def on_a_grid(snn: micelab.SpikingNetwork, time_steps: int) -> tuple[micelab.SpikingNetwork, int]:
+    """A copy on the finest grid on which no sum can pass 2^24 units, where fp32 is exact in any order; and its bits."""
+    for bits in range(8, 0, -1):
+        try:
+            return micelab.snap_to_grid(snn, bits=bits, value_bits=min(bits, 6), time_steps=time_steps), bits
+        except InputError as error:
+            refused = error
+    raise refused
+
+
 def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_steps: int, images: int) -> dict[str, Any]:
     """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; for how many of them, as a
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
@@ -97,7 +108,8 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     ways |= {"events": (snn, "events")} if has_events(str(device)) else {}
     ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
     ways |= {"int8": (snn, "int8")} if has_int8(str(device)) else {}
-    ways["grid"] = (micelab.snap_to_grid(snn, time_steps=time_steps), "fp32")
+    snapped, bits = on_a_grid(snn, time_steps)
+    ways["grid"] = (snapped, "fp32")
     answers: dict[str, list[Tensor]] = {name: [] for name in ways}
     labels = []
     for pixels, classes in data.test.head(images).batches(500, device=device):
@@ -111,6 +123,7 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
         shares = {"accuracy": answer == right, "same_as_fp32": answer == exact}
         shares |= {"lost": (exact == right) & (answer != right), "won": (exact != right) & (answer == right)}
         found[name] = {key: round(float(share.double().mean()), 4) for key, share in shares.items()}
+    found["grid"]["bits"] = bits
     return found
 
 
