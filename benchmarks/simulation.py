@@ -219,7 +219,10 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, n
     """Share of neurons whose spike count is that of a simulation in fp64, on the network put on a grid."""
     snapped = micelab.snap_to_grid(snn, time_steps=time_steps)
     oracle = copy.deepcopy(snapped).double().simulate(images, time_steps).layers
-    found = {"micelab": {name: layer.count for name, layer in snapped.simulate(images, time_steps).layers.items()}}
+    found = {}
+    for name, mode in {"micelab": "fp32", "micelab, events": "events"}.items():
+        run = snapped.simulate(images, time_steps, record="counts", precision=mode)
+        found[name] = {layer: did.count for layer, did in run.layers.items()}
     for name in names:
         network = peers.peer(name, snapped)
         network.run(images, time_steps, count=True)

@@ -7,6 +7,7 @@ import pytest
 
 import micelab
 from micelab.data import to_float
+from micelab.errors import KINDS
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINTS = ROOT / "data" / "checkpoints"
@@ -149,9 +150,44 @@ def test_the_readme_shows_the_stored_speeds():
     readme = (ROOT / "README.md").read_text()
     alone = max((row for name, row in table.items() if name.startswith("convolutions")), key=lambda row: row["images_per_second"])
     names = ("micelab", "spikingjelly, step by step", "snnTorch", "sinabs")
-    for name, row in [(name, table[name]) for name in names] + [("convolutions alone, best of three batches", alone)]:
+    for name, row in [(name, table[name]) for name in names] + [("convolutions alone, best of five ways", alone)]:
         numbers = f"{row['images_per_second']} | {row['lowest']}, {row['highest']} | {row['ratio_to_best_peer']:.2f} |"
         assert f"| {name} | {numbers}" in readme
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_docs_show_the_stored_errors_of_shipped_networks(name):
+    stored = json.loads((ROOT / "data" / "results" / f"{name}-accuracy-over-time.json").read_text())
+    page = (ROOT / "docs" / "method.md").read_text()
+    assert f"{stored['error_images']} test images at\nT = {stored['errors_at_time_steps']} " in page
+    for row in ("qcfs", "mice T=2", "mice T=4", "mice T=8"):
+        layers = stored["results"][row]["errors"]["layers"].values()
+        means = [sum(layer[kind]["rms"] / layer["signal"] for layer in layers) / len(layers) for kind in (*KINDS, "total")]
+        cells = " | ".join(f"{100 * mean:.1f}" for mean in means)
+        assert f"| {name.replace('cifar', 'CIFAR-')}, `{row}` | {cells} |" in page
+
+
+def test_the_docs_show_the_stored_accuracies_of_the_fast_modes():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-accuracy.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert stored["command"] in page
+    ways = ("events", "bf16", "int8", "grid")
+    for name, row in stored["networks"].items():
+        found = row["accuracy"]
+        cells = [f"{100 * found['fp32']['accuracy']:.2f}"]
+        cells += [f"{100 * found[way]['accuracy']:.2f} ({100 * found[way]['same_as_fp32']:.1f})" for way in ways]
+        assert f"| `{name}` | {row['time_steps']} | {' | '.join(cells)} |" in page
+    costs = [f"{stored['mean_cost'][way]['points']:.2f} ± {stored['mean_cost'][way]['standard_error']:.2f}" for way in ways]
+    assert f"| mean cost in points, and its standard error | | | {' | '.join(costs)} |" in page
+
+
+def test_the_docs_show_the_stored_table_of_speeds():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-simulation.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for row in stored["table"]["2"].values():
+        ratio = f"{row['share_of_floor']:.2f} | {row['ratio_to_best_peer']:.2f}"
+        speeds = f"{row['images_per_second']:.0f} | {row['lowest']:.0f}, {row['highest']:.0f}"
+        assert f"| {speeds} | {ratio} |" in page
 
 
 def test_the_docs_show_the_stored_milliseconds_of_convolutions_that_follow_spikes():
