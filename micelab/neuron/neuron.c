@@ -46,6 +46,11 @@ INLINE void some(const task *k, int64_t here, int64_t size, const int V, const i
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++) {
             const int64_t at = here + i * LANES;
+            if (V > 1) { /* every step lies elsewhere, more places than the processor follows by itself */
+                __builtin_prefetch((const char *)k->current + (t * k->step_current + at + 2 * MOST * LANES) * (half ? 2 : 4));
+                if (with_plus)
+                    __builtin_prefetch((const char *)k->plus + (t * k->step_plus + at + 2 * MOST * LANES) * (half ? 2 : 4));
+            }
             vector drive = take(k->current, t * k->step_current + at, bytes, half);
             if (with_plus)
                 drive += take(k->plus, t * k->step_plus + at, bytes, half);
