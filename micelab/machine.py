@@ -6,13 +6,16 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from micelab.exceptions import first_line
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,24 @@ def ran_out(error: RuntimeError) -> bool:
     True
     """
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+
+
+def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
+    """`network` by torch.compile, and as it is where that fails: the log says why, once."""
+    fast: Callable[..., Any] | None = torch.compile(network)
+
+    def run(images: Tensor) -> Any:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                why = first_line(getattr(error, "inner_exception", error))
+                log.warning("--compile: torch.compile failed (%s): going on without it", why)
+                fast = None
+        return network(images)
+
+    return run
 
 
 def keep_memory() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,17 +22,14 @@ def remake(
 
     Call it again after a stop: it goes on where it was.
     """
-    import micelab
     from micelab.machine import keep_memory
-    from micelab.train.remake import recipes
     from micelab.train.remake import remake as again
+    from micelab.train.remake import runs
 
-    stages = recipes(checkpoint)
-    network: Any = micelab.load(checkpoint)
-    runs = [*network.card.get("stages_before", []), network.card]
-    for number, (stage, run) in enumerate(zip(stages, runs, strict=True), 1):
-        reached = f"{stage.epochs} epochs, {run['hours']:.1f} h, validation {100 * run['validation_accuracy']:.2f} %"
-        typer.echo(f"{number}/{len(runs)}  {reached}  {run['command']}")
+    cards = runs(checkpoint)
+    for number, run in enumerate(cards, 1):
+        reached = f"{run['recipe']['epochs']} epochs, {run['hours']:.1f} h, validation {100 * run['validation_accuracy']:.2f} %"
+        typer.echo(f"{number}/{len(cards)}  {reached}  {run['command']}")
     if only_list:
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -40,6 +37,6 @@ def remake(
     out = out or Path("data/runs") / f"remade-{Path(checkpoint).stem}"
     made = again(checkpoint, out, data).card
     for split in ("validation", "test"):
-        was, now = (card[f"{split}_accuracy"] for card in (network.card, made))
+        was, now = (card[f"{split}_accuracy"] for card in (cards[-1], made))
         typer.echo(f"{split}: {100 * now:.2f} %, {100 * was:.2f} % on the card")
-    typer.echo(f"in {out / str(len(runs)) / 'model.safetensors'}")
+    typer.echo(f"in {out / str(len(cards)) / 'model.safetensors'}")

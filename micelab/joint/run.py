@@ -24,9 +24,10 @@ from micelab.graph.tracing import activations, trace
 from micelab.joint.loop import SpikesInTheLoop
 from micelab.joint.through_time import SpikesThroughTime
 from micelab.metrics import accuracy_curve
+from micelab.train.answers import accuracy, classes_told
 from micelab.train.batches import mix
 from micelab.train.recipe import JointConfig
-from micelab.train.run import Run, accuracy, carry_out, classes_told
+from micelab.train.run import Run, carry_out
 
 
 def prepare(model: nn.Module, time_steps: int = 8) -> Any:

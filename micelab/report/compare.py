@@ -17,7 +17,7 @@ from micelab.exceptions import InputError
 from micelab.machine import machine
 from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
 from micelab.models import describe
-from micelab.train.run import accuracy, classes_told
+from micelab.train.answers import accuracy, classes_told
 
 TIME_STEPS = (1, 2, 4, 8, 16, 32)
 ERROR_IMAGES = 256

@@ -12,6 +12,17 @@ from micelab.train.recipe import JointConfig, ThroughTimeConfig, TrainConfig
 from micelab.train.run import train
 
 
+def runs(name: str | Path) -> list[dict[str, Any]]:
+    """What the card of the checkpoint `name` tells of every run that led to it, from the first to its own.
+
+    Raises CheckpointError where it tells nothing.
+    """
+    card = getattr(checkpoint.load(name), "card", {})
+    if "recipe" not in card:
+        raise CheckpointError(f"{name} has no card that tells how it was trained, so that it cannot be made again")
+    return [*card.get("stages_before", []), card]
+
+
 def recipes(name: str | Path) -> list[TrainConfig | JointConfig]:
     """The recipe of every run that led to the checkpoint `name`, from the first to its own, as its card has them.
 
@@ -20,10 +31,7 @@ def recipes(name: str | Path) -> list[TrainConfig | JointConfig]:
 
     Raises CheckpointError where the card tells no recipe, or one of another version.
     """
-    card = getattr(checkpoint.load(name), "card", {})
-    if "recipe" not in card:
-        raise CheckpointError(f"{name} has no card that tells how it was trained, so that it cannot be made again")
-    return [_recipe(stage["recipe"], name) for stage in [*card.get("stages_before", []), card]]
+    return [_recipe(run["recipe"], name) for run in runs(name)]
 
 
 def remake(name: str | Path, out: str | Path, folder: str | Path | None = None, progress: bool = True) -> Any:

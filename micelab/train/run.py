@@ -6,7 +6,6 @@ where an undisturbed one ends, on the same machine and thread count.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -25,10 +24,11 @@ from torch.nn import functional as F
 
 from micelab import checkpoint, models
 from micelab.activation import NoisyQuantClip, TrainableClip
-from micelab.data import ImageData, Split, load_data, to_float
-from micelab.exceptions import InputError, TrainingError, first_line
-from micelab.machine import has_bf16, ran_out
+from micelab.data import ImageData, load_data, to_float
+from micelab.exceptions import InputError, TrainingError
+from micelab.machine import compiled, has_bf16, ran_out
 from micelab.train import card, state
+from micelab.train.answers import accuracy
 from micelab.train.batches import training_batches
 from micelab.train.noise import measure_noise
 from micelab.train.recipe import Recipe, TrainConfig
@@ -293,43 +293,6 @@ def _groups(model: nn.Module, config: Recipe) -> list[dict[str, Any]]:
     groups += [{"params": others, "weight_decay": 0.0, "scale": 1.0}]
     groups += [{"params": bounds, "weight_decay": 0.0, "scale": config.theta_lr}] if bounds else []
     return groups
-
-
-def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:
-    """Share of `split` that `model` (eval mode, fp32) classifies rightly, in [0, 1]."""
-    was = model.training
-    model.eval()
-    with torch.inference_mode():
-        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
-    model.train(was)
-    return right / len(split)
-
-
-def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
-    """`network` by torch.compile, and as it is where that fails: the log says why, once."""
-    fast: Callable[..., Any] | None = torch.compile(network)
-
-    def run(images: Tensor) -> Any:
-        nonlocal fast
-        if fast is not None:
-            try:
-                return fast(images)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                why = first_line(getattr(error, "inner_exception", error))
-                log.warning("--compile: torch.compile failed (%s): going on without it", why)
-                fast = None
-        return network(images)
-
-    return run
-
-
-def classes_told(model: nn.Module, data: ImageData) -> int:
-    """How many classes `model` tells apart, for images like those of `data`."""
-    with torch.inference_mode():
-        try:
-            return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
-        except RuntimeError as error:
-            raise InputError(f"the network cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error
 
 
 @contextmanager

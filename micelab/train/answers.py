@@ -1,0 +1,30 @@
+"""What a network answers: how many images it classifies rightly, and how many classes it tells apart at all."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from micelab.data import ImageData, Split
+from micelab.exceptions import InputError, first_line
+
+
+def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:
+    """Share of `split` that `model` (eval mode, fp32) classifies rightly, in [0, 1]."""
+    was = model.training
+    model.eval()
+    with torch.inference_mode():
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
+    model.train(was)
+    return right / len(split)
+
+
+def classes_told(model: nn.Module, data: ImageData) -> int:
+    """How many classes `model` tells apart, for images like those of `data`."""
+    with torch.inference_mode():
+        try:
+            return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
+        except RuntimeError as error:
+            raise InputError(f"the network cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error
