@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import micelab
 from micelab.checkpoint import write_whole
 from micelab.machine import machine
-from micelab.network import events
+from micelab.network.spike_convolutions import WAYS
 
 LAYERS = {"blocks.1.act1": "blocks.1.conv2", "blocks.4.act1": "blocks.4.conv2", "blocks.7.act1": "blocks.7.conv2"}
 """A layer of neurons in each of the three stages, and the convolution that reads its spikes."""
@@ -80,7 +80,7 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     silent.weight.copy_(weight)
     ways = {
         "dense": lambda: F.conv2d(flat, weight, padding=1),
-        "followed": lambda: events.convolve(flat, silent, torch.ones(())),
+        "followed": lambda: WAYS["events"].convolve(flat, silent, torch.ones(())),
         "scattered": lambda: scattered(flat, weight),
         "columns": lambda: product(rows(flat), weight, flat.shape),
         "columns, product alone": lambda: product(seen, weight, flat.shape),
@@ -88,7 +88,7 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     expected = ways["dense"]()
     found: dict[str, Any] = {"rate": round(float(spikes.mean()), 3), "shape": list(flat.shape)}
     for name, work in ways.items():
-        if name == "followed" and conv.out_channels % events.CHANNELS:
+        if name == "followed" and conv.out_channels % WAYS["events"].multiple:
             continue  # too narrow for it
         found[name] = {"ms": milliseconds(work, rounds), "difference": float((work() - expected).abs().max())}
     return found | {"packed": {"ms": milliseconds(lambda: packed(spikes), rounds)}}

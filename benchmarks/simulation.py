@@ -37,9 +37,9 @@ from micelab.checkpoint import write_whole
 from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
-from micelab.network.events import has_events
 from micelab.network.int8 import has_int8
 from micelab.network.memory import in_chunks
+from micelab.network.spike_convolutions import WAYS
 
 Way = Callable[[Tensor, int], Any]
 STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)
@@ -105,7 +105,7 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
     ways: dict[str, Any] = {"fp32": (snn, "fp32")}
-    ways |= {"events": (snn, "events")} if has_events(str(device)) else {}
+    ways |= {name: (snn, name) for name, way in WAYS.items() if way.is_here(str(device))}
     ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
     ways |= {"int8": (snn, "int8")} if has_int8(str(device)) else {}
     snapped, bits = on_a_grid(snn, time_steps)
@@ -162,12 +162,10 @@ def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict
     """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
     found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
     found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
-    if has_events(str(next(snn.layers.parameters()).device)):
-        found["micelab, events"] = lambda x, t: snn.simulate(x, t, record=False, precision="events").logits[-1]
-    if has_bf16(str(next(snn.layers.parameters()).device)):
-        found["micelab, bf16"] = lambda x, t: snn.simulate(x, t, record=False, precision="bf16").logits[-1]
-    if has_int8(str(next(snn.layers.parameters()).device)):
-        found["micelab, int8"] = lambda x, t: snn.simulate(x, t, record=False, precision="int8").logits[-1]
+    device = str(next(snn.layers.parameters()).device)
+    has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": has_int8}
+    for mode in (mode for mode, is_here in has.items() if is_here(device)):
+        found[f"micelab, {mode}"] = lambda x, t, mode=mode: snn.simulate(x, t, record=False, precision=mode).logits[-1]
     kinds = {"": None} | ({"bf16 ": torch.bfloat16} if "micelab, bf16" in found else {})
     for label, kind in kinds.items():
         for batch in (floor // 4, floor, 4 * floor):
@@ -210,7 +208,8 @@ def with_ratios(rows: dict[str, Any], names: list[str]) -> dict[str, Any]:
     floors = {kind: [speed(name) for name in rows if name.startswith(f"{kind}convolutions")] for kind in ("", "bf16 ")}
     best = max((speed(name) for name in names), default=None)
     for name, row in rows.items():
-        row["share_of_floor"] = round(row["images_per_second"] / max(floors["bf16 " if "bf16" in name else ""]), 3)
+        kind = "bf16 " if name.startswith("bf16 ") or name.endswith(" bf16") else ""
+        row["share_of_floor"] = round(row["images_per_second"] / max(floors[kind]), 3)
         row["ratio_to_best_peer"] = None if best is None else round(row["images_per_second"] / best, 2)
     return rows
 
@@ -220,7 +219,8 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, n
     snapped = micelab.snap_to_grid(snn, time_steps=time_steps)
     oracle = copy.deepcopy(snapped).double().simulate(images, time_steps).layers
     found = {}
-    for name, mode in {"micelab": "fp32", "micelab, events": "events"}.items():
+    here = [mode for mode, way in WAYS.items() if way.is_here(str(images.device))]
+    for name, mode in {"micelab": "fp32", **{f"micelab, {mode}": mode for mode in here}}.items():
         run = snapped.simulate(images, time_steps, record="counts", precision=mode)
         found[name] = {layer: did.count for layer, did in run.layers.items()}
     for name in names:

@@ -65,8 +65,8 @@ def accuracy_curve(
     """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
 
     One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
-    a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "int8" and "bf16" are
-    the fast modes of `SpikingNetwork.simulate`.
+    a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
+    "bf16" are those of `SpikingNetwork.simulate`.
     """
     wanted = tuple(sorted(set(time_steps)))
     if not wanted or wanted[0] < 1:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from micelab.graph.affine import WEIGHTED, is_fresh, is_size
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
-from micelab.network import events, int8
+from micelab.network import int8
 from micelab.network.records import LayerRun, Record
+from micelab.network.spike_convolutions import WAYS
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -108,9 +109,9 @@ class TimeFolded(LayerRunner):
                 return super().call_module(target, args, kwargs)
         source = self.node.all_input_nodes[0]
         neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
-        if self.precision == "events":
-            suits = events.suits(module, neuron)
-            return events.convolve(args[0], module, neuron.theta) if suits else super().call_module(target, args, kwargs)
+        if way := WAYS.get(self.precision):
+            suits = way.suits(module, neuron)
+            return way.convolve(args[0], module, neuron.theta) if suits else super().call_module(target, args, kwargs)
         if not int8.suits(module, neuron):
             return super().call_module(target, args, kwargs)
         if source not in self.bytes:  # for all who read these spikes; older ones are done with

@@ -16,11 +16,12 @@ from micelab.exceptions import InputError
 from micelab.graph.runner import check_images
 from micelab.graph.tracing import activations, depth
 from micelab.machine import has_bf16, say_lacking, sums_of_products
-from micelab.network import events, int8
+from micelab.network import int8
 from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
 from micelab.network.memory import Pace, device_budget, in_chunks
 from micelab.network.records import Record, SimulationRun
 from micelab.network.replay import Replay
+from micelab.network.spike_convolutions import WAYS
 from micelab.neuron.firing import IntegrateFire
 
 CACHE_BUDGET = 8 * 2**20
@@ -32,13 +33,15 @@ DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
 
-Precision = Literal["fp32", "events", "bf16", "int8"]
-"""fp32 is exact. events (CPU only): fp32's numbers, added spike by spike in layers of 32 channels or more, so that sums round in
-another order; on a grid the same bits. Two fast modes of other numbers, with membranes in fp32: bf16, convolutions and linear
-layers multiply bf16 numbers; int8 (CPU only), convolutions add weights of 8 bits where spikes are."""
+Precision = Literal["fp32", "events", "bf16x3", "bf16", "int8"]
+"""fp32 is exact. events and bf16x3 (CPU only): fp32's numbers, added spike by spike in layers of 32 channels or more, or each as
+three bf16 numbers by a matrix unit (AMX), so that sums round in another order; on a grid the same bits. Two fast modes of other
+numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16 numbers; int8 (CPU only), convolutions add
+weights of 8 bits where spikes are."""
 
 _LACKING = {
     "events": "compiled convolution of spikes (no C compiler works here)",
+    "bf16x3": "matrix unit (AMX) that a C compiler here knows",
     "bf16": "bf16 arithmetic (it would be emulated, and slower than fp32)",
     "int8": "quantized convolution here",
 }
@@ -94,7 +97,7 @@ class SpikingNetwork(nn.Module):
         keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go through at a time, which does not change the result:
         by default as many as fit the device budget, or, on a CPU, as many as were fastest in the first chunks. Where the device
         runs out of memory the chunk is halved, and stays so.
-        `precision` "events" adds fp32's numbers spike by spike, "bf16" and "int8" are fast modes of other numbers
+        `precision` "events" and "bf16x3" add fp32's numbers in another order, "bf16" and "int8" are fast modes of other numbers
         (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
         """
         images, used = self._check(images, time_steps), self._possible(precision, images)
@@ -194,11 +197,11 @@ class SpikingNetwork(nn.Module):
     def _possible(self, precision: str, images: Tensor) -> str:
         """`precision`, or fp32 where the device lacks it, which the log says once."""
         if precision not in ("fp32", *_LACKING):
-            raise InputError(f"precision is {precision!r}: choose 'fp32' (exact), 'events', 'bf16' or 'int8' (fast modes)")
+            raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
         if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
         device = str(images.device)
-        has = {"events": events.has_events, "bf16": has_bf16, "int8": int8.has_int8}
+        has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": int8.has_int8}
         if precision == "fp32" or has[precision](device):
             return precision
         say_lacking(device, _LACKING[precision])

@@ -75,9 +75,10 @@ def as_bytes(values: Tensor) -> Tensor:
     return made
 
 
-def convolve_events(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of spikes [N, C, H, W] (not 0 where there is one) by weight [rows, columns, C, out], theta multiplied in,
-    with bias [out]; fp32, out a multiple of 32. [N, out, H, W], channels_last.
+    with bias [out], fp32: [N, out, H, W], channels_last. function: "convolve_events" (out a multiple of 32) or
+    "convolve_matrix" (of 16).
 
     Raises RuntimeError where the memory does not suffice.
     """
@@ -88,8 +89,8 @@ def convolve_events(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, p
     out = torch.empty((images, outputs, high, wide), memory_format=torch.channels_last)
     places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
     sizes = (images, height, width, channels, outputs, rows, columns, stride, padding)
-    if shared_library().convolve_events(*places, *sizes, threads_for(spikes)):
-        raise RuntimeError("can't allocate memory for lists of spikes")
+    if getattr(shared_library(), function)(*places, *sizes, threads_for(spikes)):
+        raise RuntimeError("can't allocate memory for a convolution of spikes")
     return out
 
 

@@ -1,0 +1,73 @@
+"""Convolutions of spikes on a CPU in fp32's numbers, each compiled, faster than a dense one: spike by spike, or by a matrix unit.
+
+Their sums have another order, so currents differ from a dense convolution's by rounding, and on a grid (`micelab.snap_to_grid`)
+not at all. Layers that do not suit a way convolve as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from micelab.neuron.compiled import convolve_spikes, shared_library
+from micelab.neuron.firing import IntegrateFire
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way: `function` of the library takes layers of at least `least` channels, into a multiple of `multiple`."""
+
+    function: str
+    least: int
+    multiple: int
+    works: Callable[[], bool]
+
+    def is_here(self, device: str) -> bool:
+        """Whether it works on this device."""
+        return device == "cpu" and self.works()
+
+    def suits(self, convolution: Any, neuron: Any) -> bool:
+        """Whether the convolution [N, C, H, W] of this layer's spikes is one for it."""
+        if type(convolution) is not nn.Conv2d or not isinstance(neuron, IntegrateFire) or neuron.signed:
+            return False
+        square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
+        plain = square and convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
+        wide = convolution.in_channels >= self.least and convolution.out_channels % self.multiple == 0
+        return plain and wide and convolution.weight.dtype == torch.float32
+
+    def convolve(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Tensor:
+        """Currents [N, out, H, W] of spikes [N, in, H, W] of amplitude theta (scalar or [in]), both fp32, channels_last."""
+        weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+        bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+        ordered = weight.permute(2, 3, 1, 0).contiguous()
+        return convolve_spikes(self.function, spikes, ordered, bias, convolution.stride[0], convolution.padding[0])
+
+
+def _has_compiler() -> bool:
+    return shared_library() is not None
+
+
+@cache
+def _has_matrix_unit() -> bool:
+    """Whether the matrix unit is here, and gives a dense convolution's numbers where they are exact."""
+    if not _has_compiler() or not shared_library().has_matrix_unit():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    spikes = torch.randint(2, (2, 16, 20, 20), generator=generator).float().contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-(2**15), 2**15, (16, 16, 3, 3), generator=generator) / 2**8
+    ordered, bias = weight.permute(2, 3, 1, 0).contiguous(), torch.zeros(16)
+    return torch.equal(convolve_spikes("convolve_matrix", spikes, ordered, bias, 1, 1), F.conv2d(spikes, weight, padding=1))
+
+
+WAYS = {
+    "events": Way("convolve_events", 32, 32, _has_compiler),
+    "bf16x3": Way("convolve_matrix", 1, 16, _has_matrix_unit),
+}
+"""events: each spike adds its weights where it is seen, and silence costs next to nothing; with fewer channels sums are too short
+for the spikes to be found first. bf16x3: weights as sums of three bf16 numbers, which is exact, on processors with AMX."""
