@@ -184,6 +184,16 @@ def test_the_data_of_a_checkpoint_is_what_its_recipe_names():
         dataset_of({"mine": model}, None)
 
 
+def test_evaluate_simulates_in_the_precision_that_is_asked_for_and_keeps_it_with_the_row(checkpoint, tmp_path):
+    out = tmp_path / "results.json"
+    words = ("evaluate", checkpoint, "--time-steps", "2", "--explain-at", 2, "--limit", 40, "--method", "qcfs", "--out", out)
+    assert run(*words, "--precision", "events").exit_code == 0
+    assert json.loads(out.read_text())["results"]["qcfs"]["precision"] == "events"
+    wrong = run(*words, "--precision", "fp64")
+    assert wrong.exit_code == 2
+    assert "--precision 'fp64' is unknown: choose fp32, events, bf16x3, bf16, int8" in " ".join(wrong.output.split())
+
+
 def test_a_spiking_network_is_not_evaluated_as_if_it_were_trained(checkpoint, tmp_path):
     run("convert", checkpoint, "--out", tmp_path / "spiking")
     result = run("evaluate", tmp_path / "spiking.safetensors")

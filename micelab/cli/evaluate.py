@@ -36,6 +36,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, or validation to make choices on.")] = "test",
     limit: LimitOption = None,
     calibration_images: CalibrationOption = 256,
+    precision: Annotated[
+        str, typer.Option(help="Of the simulations: fp32, its numbers faster by events or bf16x3, other ones by bf16 or int8.")
+    ] = "fp32",
     out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
     report: ReportOption = None,
     picture: Annotated[
@@ -47,10 +50,13 @@ def evaluate(
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
     from micelab.checkpoint import write_whole
     from micelab.data import load_data
+    from micelab.network.spiking import PRECISIONS
     from micelab.report.compare import ERROR_IMAGES, check_alike, compare, drawable, merged
 
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is unknown: choose validation or test")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
     networks, loaded = _loaded(checkpoints, method)
     earlier = _stored(out) if out is not None and out.exists() else None
     found = load_data(dataset_of(loaded, dataset), data)
@@ -70,6 +76,7 @@ def evaluate(
         calibration_images=calibration_images,
         progress=True,
         command=typed(),
+        precision=precision,  # type: ignore[arg-type]
     )
     whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
     if out is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,6 +38,8 @@ Precision = Literal["fp32", "events", "bf16x3", "bf16", "int8"]
 three bf16 numbers by a matrix unit (AMX), so that sums round in another order; on a grid the same bits. Two fast modes of other
 numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16 numbers; int8 (CPU only), convolutions add
 weights of 8 bits where spikes are."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _LACKING = {
     "events": "compiled convolution of spikes (no C compiler works here)",
@@ -196,7 +198,7 @@ class SpikingNetwork(nn.Module):
 
     def _possible(self, precision: str, images: Tensor) -> str:
         """`precision`, or fp32 where the device lacks it, which the log says once."""
-        if precision not in ("fp32", *_LACKING):
+        if precision not in PRECISIONS:
             raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
         if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")

@@ -17,6 +17,7 @@ from micelab.exceptions import InputError
 from micelab.machine import machine
 from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
 from micelab.models import describe
+from micelab.network.spiking import Precision
 from micelab.train.answers import accuracy, classes_told
 
 TIME_STEPS = (1, 2, 4, 8, 16, 32)
@@ -26,7 +27,8 @@ ERROR_IMAGES = 256
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method on the network it is meant for. `network`: that network in words; `ann_accuracy`: its own, in [0, 1]."""
+    """One method on the network it is meant for. `network`: that network in words; `ann_accuracy`: its own, in [0, 1];
+    `precision`: of the simulation that gave the curve."""
 
     network: str
     ann_accuracy: float
@@ -37,6 +39,7 @@ class MethodResult:
     size: Size
     machine: str
     command: str = ""
+    precision: Precision = "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and names."""
@@ -51,6 +54,7 @@ class MethodResult:
             "macs": self.size.macs,
             "machine": self.machine,
             "command": self.command,
+            "precision": self.precision,
         }
 
 
@@ -115,13 +119,15 @@ def compare(
     progress: bool = False,
     command: str = "",
     before: str | None = None,
+    precision: Precision = "fp32",
     **options: Any,
 ) -> Comparison:
     """Converts, simulates and explains: `networks` maps each row to the trained network it converts.
 
     A row is named for its method, with a note where there are several: "mice T=4". `command`: what was typed, kept with each.
     Accuracy over the first `limit` images of `split` (all for None), errors and energy over the first `error_images` at
-    T = `explain_at`; thresholds from the first `calibration_images` training images; `options` go to `convert`.
+    T = `explain_at`; thresholds from the first `calibration_images` training images; `precision`: of the simulations for
+    accuracy, as in `SpikingNetwork.simulate` (errors are told in fp32); `options` go to `convert`.
     """
     chosen = data.split(split).head(limit)
     calibration = to_float(data.train.images[:calibration_images])
@@ -137,7 +143,7 @@ def compare(
         made_for = max(*time_steps, explain_at) if methods.get(method).each_step else explain_at
         snn = convert(ann, method, calibration, **{"time_steps": made_for} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
-        curve = accuracy_curve(snn, batches, time_steps)
+        curve = accuracy_curve(snn, batches, time_steps, precision)
         known = curve.at(explain_at) if explain_at in curve.time_steps else None
         results[name] = MethodResult(
             network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
@@ -149,6 +155,7 @@ def compare(
             size=size(ann, data.shape),
             machine=machine(),
             command=command,
+            precision=precision,
         )
     return Comparison(data.name, split, len(chosen), len(images), explain_at, results, before)
 
