@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import peers
 import simulation
+import tricks
+
+from micelab.network.folded import TimeFolded
+from micelab.neuron import compiled, firing
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +107,51 @@ def test_a_device_that_does_not_exist_is_one_clear_error(capsys):
     with pytest.raises(SystemExit):
         simulation.main(["--device", "cuda"])
     assert "device cuda does not exist here" in capsys.readouterr().err
+
+
+def test_each_trick_left_out_gives_the_same_numbers_and_comes_back(narrow_snn):
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = tricks.measured(narrow_snn, images, time_steps=3, rounds=1)
+    assert {f"without: {name}" for name in tricks.LEFT_OUT} < found.keys()
+    assert all(row["difference"] < 1e-5 and row["lowest"] > 0 for row in found.values()), found
+    assert narrow_snn.layers.get_submodule("blocks.0.conv1").weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(compiled.shared_library() is None, reason="no C compiler works here")
+@pytest.mark.parametrize("name", tricks.LEFT_OUT)
+def test_a_trick_that_is_left_out_is_not_used(name, narrow_snn, monkeypatch):
+    calls = {"loop": 0, "sums": 0, "largest": 0}
+
+    def counting(owner, function, key):
+        before = getattr(owner, function)
+        monkeypatch.setattr(owner, function, lambda *a, **k: calls.update({key: calls[key] + 1}) or before(*a, **k))
+
+    counting(firing, "step_by_step", "loop")
+    counting(TimeFolded, "fire_sum", "sums")
+    first = narrow_snn.layers.get_submodule("stem.0")
+    hook = first.register_forward_pre_hook(lambda _, given: calls.update(largest=max(calls["largest"], len(given[0]))))
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def seen():
+        calls.update(loop=0, sums=0, largest=0)
+        narrow_snn.simulate(images, 3, record=False)
+        ordered = first.weight.is_contiguous(memory_format=torch.channels_last)
+        return {
+            "neurons in compiled C": calls["loop"] == 0,
+            "first convolution once": calls["largest"] <= len(images),
+            "residual sum left to the neurons": calls["sums"] > 0,
+            "weights laid out as the images": ordered,
+            "chunks that stay in the cache": narrow_snn.chunk(images, 3) < 10**6,
+            "chunks side by side": narrow_snn._lanes(images) > 1,
+        }
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert all(seen().values())
+        with tricks.LEFT_OUT[name](narrow_snn):
+            assert [trick for trick, used in seen().items() if not used] == [name]
+        assert all(seen().values())
+    finally:
+        torch.set_num_threads(threads)
+        hook.remove()
