@@ -13,6 +13,12 @@ from micelab.metrics import AccuracyCurve
 COLOURS = {"timing": "#D55E00", "quantization": "#0072B2", "clipping": "#E69F00", "inherited": "#999999"}
 """One colour for each kind of error in the whole project (Okabe & Ito, safe for colour-blind readers)."""
 
+METHOD_COLOURS = (
+    *("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100"),
+    *("#CC6677", "#5F6B00", "#E377C2", "#8C564B", "#7A49A5", "#17BECF"),
+)
+"""Lines of methods, one for each: first Paul Tol's muted colours, safe for colour-blind readers; none means an error."""
+
 
 def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_accuracy: float, mark: int | None = None) -> bytes:
     """PNG: accuracy over T on the left (`mark` rings one T of the first curve), each layer's errors at one T on the right.
@@ -20,7 +26,6 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     Upper bounds, whose layers wait for one another, are left out: their true steps lie far beyond the others'.
     """
     try:
-        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -28,8 +33,7 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     picture = Figure(figsize=(12, 4.2), layout="constrained")
     FigureCanvasAgg(picture)
     left, right = picture.subplots(1, 2, width_ratios=[1, 2])
-    colours = [colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))]
-    left.set_prop_cycle(color=colours)
+    left.set_prop_cycle(color=METHOD_COLOURS)
     left.axhline(100 * ann_accuracy, color="0.3", linestyle="--", label=f"ANN {100 * ann_accuracy:.1f} %")
     drawn = [curve for curve in curves if curve.turns == 1] or list(curves)
     for curve, style in zip(drawn, cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), strict=False):

@@ -19,6 +19,7 @@ from micelab.exceptions import MicelabError
 DPI = 80
 _DASHES = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _MARKS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "x": "X", "cross": "P"}
+_MARKS |= {"pentagon": "p", "bowtie": ">", "hourglass": "<", "star-diamond": "d"}
 _MARKS |= {"star": "*", "hexagon": "h", "circle-open": "o", "line-ns": "|", "line-ew": "_"}
 
 
@@ -67,8 +68,8 @@ def show(*figures: Any) -> Still:
 def _draw(part: Any, figure: Any) -> None:
     """One plotly figure into one part of the picture."""
     axes: dict[tuple[str, str], Any] = {}
-    wide = part.bbox.width / part.figure.dpi  # inches
-    left, right, low, high = _room(figure, wide)
+    wide, tall = (size / part.figure.dpi for size in (part.bbox.width, part.bbox.height))  # inches
+    left, right, low, high = _room(figure, wide, tall)
     for trace in figure.data:
         key = (getattr(trace, "xaxis", None) or "x", getattr(trace, "yaxis", None) or "y")
         if key not in axes:
@@ -104,17 +105,18 @@ def _draw(part: Any, figure: Any) -> None:
             first.annotate(_plain(note.text), (0.01, note.y), xycoords=units, ha="left", va="bottom", fontsize=9)
         elif note.text and note.showarrow is False and note.yref in (None, "y"):
             _word(first, _plain(note.text), _places(first, [note.x])[0], note.y, 0.7 * (note.yshift or 0))
-    part.text(0.03, 0.97, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
+    part.text(0.03, 1 - 0.13 / tall, _plain(figure.layout.title.text or ""), ha="left", va="top", fontsize=12)
     if _has_legend(figure):
-        _legend(part, axes, wide, [_plain(trace.name or "") for trace in figure.data])
+        _legend(part, axes, wide, tall, [_plain(trace.name or "") for trace in figure.data])
 
 
-def _room(figure: Any, wide: float) -> tuple[float, float, float, float]:
+def _room(figure: Any, wide: float, tall: float) -> tuple[float, float, float, float]:
     """Left, right, lower and upper end of the axes, as shares: room for title, legend, and names that stand aslant."""
     names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
     aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if x and isinstance(x[0], str))
     left = 0.0098 * (figure.layout.margin.l or 70) / wide
-    return left, 0.97, 0.27 if aslant else 0.17, 0.8 if _has_legend(figure) else 0.87
+    below, above = 1.2 if aslant else 0.76, 0.89 if _has_legend(figure) else 0.58
+    return left, 0.97, below / tall, 1 - above / tall
 
 
 def _has_legend(figure: Any) -> bool:
@@ -125,13 +127,13 @@ def _axis_name(short: str) -> str:
     return f"{short[0]}axis{short[1:]}"
 
 
-def _legend(part: Any, axes: dict[tuple[str, str], Any], wide: float, order: Sequence[str]) -> None:
+def _legend(part: Any, axes: dict[tuple[str, str], Any], wide: float, tall: float, order: Sequence[str]) -> None:
     found = [pair for ax in axes.values() for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     found.sort(key=lambda pair: order.index(pair[1]) if pair[1] in order else 0)
     if len(found) > 1:
         handles, texts = zip(*found, strict=True)
         room = max(1, int(wide * 16 / (max(map(len, texts)) + 5)))
-        place = {"loc": "upper left", "bbox_to_anchor": (0.02, 0.925)}
+        place = {"loc": "upper left", "bbox_to_anchor": (0.02, 1 - 0.33 / tall)}
         part.legend(handles, texts, frameon=False, fontsize=8, ncols=min(room, len(texts)), **place)
 
 

@@ -22,8 +22,8 @@ from micelab.figures.results import (
     lost_points_waterfall,
     spike_rates,
 )
-from micelab.figures.style import METHOD_COLOURS, METHOD_SYMBOLS, TOTAL
-from micelab.pictures import COLOURS
+from micelab.figures.style import METHOD_SYMBOLS, TOTAL
+from micelab.pictures import COLOURS, METHOD_COLOURS
 
 __all__ = [
     "COLOURS",

@@ -13,7 +13,6 @@ from micelab import methods
 from micelab.errors import KINDS, ErrorTable
 from micelab.exceptions import InputError
 from micelab.figures.style import (
-    METHOD_COLOURS,
     METHOD_SYMBOLS,
     NEUTRAL,
     TOTAL,
@@ -26,7 +25,7 @@ from micelab.figures.style import (
     styled,
 )
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
-from micelab.pictures import COLOURS, relative_errors
+from micelab.pictures import COLOURS, METHOD_COLOURS, relative_errors
 
 _LOST = ("clipping", "quantization", "timing")
 
@@ -202,9 +201,8 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
     figure.update_xaxes(title=None, showticklabels=False, row=1, col=1)
     figure.update_yaxes(title="error (rms, % of signal)", range=[0, top or 1])
     means = [100 * sum(t) / len(t) for t in totals]
-    said = (
-        f"Errors of {len(layers)} layers at T = {after.time_steps}: mean total {means[0]:.0f} % of the signal with {names[0]}, "
-    )
+    steps = " and ".join(f"T = {t}" for t in dict.fromkeys((before.time_steps, after.time_steps)))
+    said = f"Errors of {len(layers)} layers at {steps}: mean total {means[0]:.0f} % of the signal with {names[0]}, "
     figure = styled(figure, title or "Errors of every layer, before and after", said + f"{means[1]:.0f} % with {names[1]}.", 620)
     return figure.update_layout(margin_t=95)
 

@@ -22,13 +22,10 @@ try:
 except ImportError as error:
     raise MicelabError("figures need plotly: run `pip install micelab[figures]`") from error
 
-METHOD_COLOURS = (
-    *("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100"),
-    *("#CC6677", "#5F6B00", "#E377C2", "#8C564B", "#7A49A5", "#17BECF"),
+METHOD_SYMBOLS = (
+    *("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross"),
+    *("star", "hexagon", "pentagon", "bowtie", "hourglass", "star-diamond"),
 )
-"""Lines of methods, one for each: first Paul Tol's muted colours, safe for colour-blind readers; none means an error."""
-
-METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross", "star", "hexagon")
 TOTAL = "#333333"
 NEUTRAL = "#7A8FA6"
 SPIKE = "#111111"
