@@ -26,7 +26,7 @@ from micelab.exceptions import InputError
 )
 def train(
     recipe: Annotated[
-        str | None, typer.Option(help="Choices by name, such as cifar10-a; options given beside it go before.")
+        str | None, typer.Option(help="Choices by name, such as cifar10-a; options given beside it win.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run: state, metrics, final network [data/runs/, by the recipe].")
