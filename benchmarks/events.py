@@ -4,7 +4,8 @@
 
 The spikes are those of a real network for real test images, the convolution is the layer that reads them; milliseconds of the
 process, one thread, the lowest of `--rounds`. "followed" is micelab's own (`precision="events"`): for each place of the output
-the weights of the spikes that it sees, added in registers. "scattered": each spike adds its weights to nine places, by torch.
+the weights of the spikes that it sees, added in registers. "matrix unit": all of them, by AMX, where the processor has it
+(`precision="bf16x3"`). "scattered": each spike adds its weights to nine places, by torch.
 "columns": the places that a kernel sees as rows of a sparse matrix (CSR), times the weights; "product alone" leaves out how the
 rows come about. "packed": all steps of a neuron as the bits of one byte, which a convolution with real weights must unpack first:
 what packing and unpacking cost alone.
@@ -81,6 +82,7 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     ways = {
         "dense": lambda: F.conv2d(flat, weight, padding=1),
         "followed": lambda: WAYS["events"].convolve(flat, silent, torch.ones(())),
+        "matrix unit": lambda: WAYS["bf16x3"].convolve(flat, silent, torch.ones(())),
         "scattered": lambda: scattered(flat, weight),
         "columns": lambda: product(rows(flat), weight, flat.shape),
         "columns, product alone": lambda: product(seen, weight, flat.shape),
@@ -90,6 +92,8 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     for name, work in ways.items():
         if name == "followed" and conv.out_channels % WAYS["events"].multiple:
             continue  # too narrow for it
+        if name == "matrix unit" and not WAYS["bf16x3"].is_here("cpu"):
+            continue
         found[name] = {"ms": milliseconds(work, rounds), "difference": float((work() - expected).abs().max())}
     return found | {"packed": {"ms": milliseconds(lambda: packed(spikes), rounds)}}
 

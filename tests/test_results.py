@@ -195,7 +195,7 @@ def test_the_docs_show_the_stored_accuracies_of_the_fast_modes():
     stored = json.loads((ROOT / "data" / "results" / "benchmark-accuracy.json").read_text())
     page = (ROOT / "docs" / "performance.md").read_text()
     assert stored["command"] in page
-    ways = ("events", "bf16", "int8", "grid")
+    ways = ("events", "bf16x3", "bf16", "int8", "grid")
     for name, row in stored["networks"].items():
         found = row["accuracy"]
         cells = [f"{100 * found['fp32']['accuracy']:.2f}"]
@@ -219,7 +219,7 @@ def test_the_docs_show_the_stored_milliseconds_of_convolutions_that_follow_spike
     page = (ROOT / "docs" / "performance.md").read_text()
     assert f"    {stored['command']}\n" in page
     for name, row in stored["layers"].items():
-        ways = ("dense", "followed", "scattered", "columns", "columns, product alone", "packed")
+        ways = ("dense", "followed", "matrix unit", "scattered", "columns", "columns, product alone", "packed")
         cells = [str(row[way]["ms"]) if way in row else "too narrow" for way in ways]
         assert f"| `{name}` | {row['shape'][1]} | {row['rate']:.3f} | {' | '.join(cells)} |" in page
 
@@ -234,3 +234,12 @@ def test_an_ablation_in_the_docs_is_the_stored_one_digit_for_digit(name):
         numbers = [row["accuracy"], *(row["errors"][kind] for kind in shown)]
         cells = [f"{100 * number:.1f}" for number in numbers] + [f"{100 * row['points_lost']['timing']:+.1f}"]
         assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+def test_the_docs_show_what_each_trick_gives():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-tricks.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"    {stored['command']}\n" in page
+    for name, row in stored["rows"].items():
+        cells = f"{row['images_per_second']:.0f} | {row['lowest']:.0f}, {row['highest']:.0f} | {row['share']:.2f}"
+        assert f"| {name} | {cells} |" in page

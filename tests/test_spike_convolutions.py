@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import micelab
 from micelab import machine
 from micelab.convert import convert
+from micelab.exceptions import InputError
 from micelab.models import resnet20
 from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
@@ -106,11 +108,13 @@ def test_a_network_gives_nearly_the_same_and_the_same_bits_for_any_chunk(name, w
 
 
 @pytest.mark.parametrize("name", EITHER)
-def test_layers_that_do_not_suit_and_signed_spikes_are_convolved(name, narrow_snn):
-    assert torch.equal(narrow_snn(pictures(), 4), narrow_snn(pictures(), 4, name))
+def test_layers_that_do_not_suit_and_signed_spikes_are_convolved(name):
     torch.manual_seed(0)
+    narrow = convert(resnet20(width=6, activation="quant_clip"), "qcfs")  # 6, 12 and 24 channels
     signed = convert(resnet20(), "max", pictures(), signed=True)
-    assert torch.equal(signed(pictures(), 4), signed(pictures(), 4, name))
+    for snn in (narrow, signed):
+        dense, other = (snn.simulate(pictures(), 4, precision=mode) for mode in ("fp32", name))
+        assert all(torch.equal(layer.residual, other.layers[place].residual) for place, layer in dense.layers.items())
 
 
 @pytest.mark.parametrize("name", EITHER[1:])
@@ -146,14 +150,13 @@ def test_convolutions_of_other_kinds_do_not_suit(options, wide):
         ("bf16x3", "matrix unit (AMX) that a C compiler here knows"),
     ],
 )
+@pytest.mark.usefixtures("asked_anew")
 def test_where_it_is_not_here_fp32_is_used_and_the_log_says_so_once(name, what, wide, monkeypatch, caplog):
     monkeypatch.setattr(spike_convolutions, "shared_library", lambda: None)
-    spike_convolutions._has_matrix_unit.cache_clear()
     machine.say_lacking.cache_clear()
     for _ in range(2):
         assert torch.equal(wide(pictures(), 3), wide(pictures(), 3, name))
     assert [record.getMessage() for record in caplog.records] == [f"cpu has no {what}: going on in fp32, which is exact"]
-    spike_convolutions._has_matrix_unit.cache_clear()
 
 
 @pytest.mark.parametrize("name", EITHER)
@@ -171,3 +174,67 @@ def test_a_spike_beside_the_edge_is_seen_where_it_is(name):
     spikes[0, 5, 2, 0] = 1.0
     layer = nn.Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
     assert torch.equal(WAYS[name].convolve(spikes, layer, torch.tensor(1.0)), F.conv2d(spikes, layer.weight, padding=1))
+
+
+@pytest.fixture
+def asked_anew():
+    """The matrix unit is looked for again, in this test and after it."""
+    spike_convolutions._has_matrix_unit.cache_clear()
+    yield
+    spike_convolutions._has_matrix_unit.cache_clear()
+
+
+@pytest.mark.parametrize("name", EITHER)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_a_kernel_larger_than_its_map_is_refused_as_a_dense_one_is(name, stride, side):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), micelab.QuantClip(levels=4, theta=1.0), nn.Conv2d(32, 32, 3, stride)]
+    ann = nn.Sequential(*layers, micelab.QuantClip(levels=4, theta=1.0), nn.Flatten(), nn.Linear(32, 2)).eval()
+    snn = convert(ann, "qcfs")
+    for mode in ("fp32", name):
+        with pytest.raises(InputError, match="layer `2`"):
+            snn.simulate(torch.rand(1, 3, side, side), 4, precision=mode)
+
+
+@pytest.mark.parametrize("name", EITHER)
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("setting", ["float16", "float64", "meta", "autocast"])
+def test_the_numbers_do_not_depend_on_torchs_defaults(name, setting, wide):
+    expected = wide(pictures(), 3, name)
+    images = pictures()
+    spike_convolutions._has_matrix_unit.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        if setting == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                assert WAYS[name].is_here("cpu")
+            return
+        if setting == "meta":
+            with torch.device("meta"):
+                assert WAYS[name].is_here("cpu")
+                layer = wide.layers.get_submodule("blocks.4.conv2")
+                spikes = sent_on_cpu((2, 32, 8, 8))
+                found = WAYS[name].convolve(spikes, layer, torch.tensor(0.5, device="cpu"))
+        else:
+            torch.set_default_dtype(getattr(torch, setting))
+            found = None if WAYS[name].is_here("cpu") else pytest.fail("not found")
+            assert torch.equal(wide(images, 3, name), expected)
+    finally:
+        torch.set_default_dtype(before)
+    if found is not None:
+        torch.testing.assert_close(found, layer(spikes), rtol=1e-5, atol=1e-5)
+
+
+def sent_on_cpu(shape):
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (torch.rand(shape, generator=generator, device="cpu") < 0.3).float() * 0.5
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_a_threshold_of_another_type_counts_in_that_of_the_weights(name):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    theta = torch.linspace(0.5, 2, 32)
+    spikes = sent((2, 32, 6, 6), 0.3, theta)
+    assert torch.equal(WAYS[name].convolve(spikes, layer, theta.double()), WAYS[name].convolve(spikes, layer, theta))

@@ -25,9 +25,7 @@ from micelab.exceptions import InputError
     "`micelab train --joint --gradient time --time-steps 4 --dataset cifar10 --start resnet20a-cifar10-qcfs --out data/runs/t4`"
 )
 def train(
-    recipe: Annotated[
-        str | None, typer.Option(help="Choices by name, such as cifar10-a; options given beside it win.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Choices by name, such as cifar10-a; options given beside it win.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run: state, metrics, final network [data/runs/, by the recipe].")
     ] = None,

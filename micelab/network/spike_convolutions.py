@@ -43,6 +43,7 @@ class Way:
 
     def convolve(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Tensor:
         """Currents [N, out, H, W] of spikes [N, in, H, W] of amplitude theta (scalar or [in]), both fp32, channels_last."""
+        theta = theta.to(convolution.weight.dtype)
         weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
         bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
         ordered = weight.permute(2, 3, 1, 0).contiguous()
@@ -55,14 +56,20 @@ def _has_compiler() -> bool:
 
 @cache
 def _has_matrix_unit() -> bool:
-    """Whether the matrix unit is here, and gives a dense convolution's numbers where they are exact."""
+    """Whether the matrix unit is here, and gives a dense convolution's numbers where they are exact: with weights of 19 bits,
+    which take all three parts, whatever torch's defaults are at the time."""
     if not _has_compiler() or not shared_library().has_matrix_unit():
         return False
-    generator = torch.Generator().manual_seed(0)
-    spikes = torch.randint(2, (2, 16, 20, 20), generator=generator).float().contiguous(memory_format=torch.channels_last)
-    weight = torch.randint(-(2**15), 2**15, (16, 16, 3, 3), generator=generator) / 2**8
-    ordered, bias = weight.permute(2, 3, 1, 0).contiguous(), torch.zeros(16)
-    return torch.equal(convolve_spikes("convolve_matrix", spikes, ordered, bias, 1, 1), F.conv2d(spikes, weight, padding=1))
+    with torch.device("cpu"), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        spikes = torch.randint(2, (2, 16, 20, 20), generator=generator).float()
+        weight = torch.randint(-(2**18), 2**18, (16, 16, 3, 3), generator=generator).float()
+        ordered, bias = weight.permute(2, 3, 1, 0).contiguous(), torch.zeros(16, dtype=torch.float32)
+        for stride in (1, 2):
+            expected = F.conv2d(spikes.double(), weight.double(), None, stride, 1).float()
+            if not torch.equal(convolve_spikes("convolve_matrix", spikes, ordered, bias, stride, 1), expected):
+                return False
+    return True
 
 
 WAYS = {

@@ -102,7 +102,7 @@ class SpikingNetwork(nn.Module):
         `precision` "events" and "bf16x3" add fp32's numbers in another order, "bf16" and "int8" are fast modes of other numbers
         (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
         """
-        images, used = self._check(images, time_steps), self._possible(precision, images)
+        images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
         if record not in (True, False, "counts"):
@@ -136,7 +136,7 @@ class SpikingNetwork(nn.Module):
         Its images are not checked for NaN, since that waits for the device. Raises InputError where the network was moved since.
         """
         steps = self.time_steps if time_steps is None else time_steps
-        images, used = self._check(images, steps), self._possible(precision, images)
+        images, used = self._check(images, steps), self.precision_here(precision, images.device)
         return Replay(self, images, lambda part: self._simulate(part, steps, False, False, used).logits)
 
     def _parts(
@@ -196,13 +196,14 @@ class SpikingNetwork(nn.Module):
         images = check_images(images).to(own.dtype)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
-    def _possible(self, precision: str, images: Tensor) -> str:
-        """`precision`, or fp32 where the device lacks it, which the log says once."""
+    def precision_here(self, precision: Precision, device: torch.device | str) -> Precision:
+        """What a simulation that is asked for `precision` runs in: itself, or fp32 where the device lacks it, which the log says
+        once."""
         if precision not in PRECISIONS:
             raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
         if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
-        device = str(images.device)
+        device = str(device)
         has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": int8.has_int8}
         if precision == "fp32" or has[precision](device):
             return precision

@@ -80,13 +80,18 @@ def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor,
     with bias [out], fp32: [N, out, H, W], channels_last. function: "convolve_events" (out a multiple of 32) or
     "convolve_matrix" (of 16).
 
-    Raises RuntimeError where the memory does not suffice.
+    Raises RuntimeError where the kernel is larger than the padded map, and where the memory does not suffice.
     """
     spikes = spikes.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = spikes.shape
     rows, columns, _, outputs = weight.shape
     high, wide = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in ((height, rows), (width, columns)))
-    out = torch.empty((images, outputs, high, wide), memory_format=torch.channels_last)
+    if min(high, wide) < 1:
+        raise RuntimeError(
+            f"a kernel of {rows} x {columns} is larger than its padded input, [{height}, {width}] and {padding} around"
+        )
+    shape, layout = (images, outputs, high, wide), torch.channels_last
+    out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)  # whatever torch's defaults are
     places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
     sizes = (images, height, width, channels, outputs, rows, columns, stride, padding)
     if getattr(shared_library(), function)(*places, *sizes, threads_for(spikes)):

@@ -146,8 +146,10 @@ int convolve_events(const float *spikes, const float *weights, const float *bias
         int32_t *list = malloc((height * width * channels + 16) * sizeof *list);
         int64_t *start = malloc(height * (width + 1) * sizeof *start);
         float *room = malloc(spreads ? (height + 2) * (width + 2) * outputs * sizeof *room : 1);
-        if (!list || !start || !room)
+        if (!list || !start || !room) {
+#pragma omp atomic write
             failed = 1;
+        }
 #pragma omp for schedule(static)
         for (int64_t image = 0; image < images; image++) {
             if (!list || !start || !room)

@@ -9,6 +9,11 @@
 
 #include "lanes.h"
 
+#if defined(__AMXBF16__) && defined(__AMXTILE__) /* the names that clang gave them first */
+#define __AMX_BF16__ 1
+#define __AMX_TILE__ 1
+#endif
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__linux__)
 
 #include <immintrin.h>
@@ -130,7 +135,7 @@ INLINE void strips(const layer *k, const uint16_t *room, float *out, int64_t str
     int64_t y = strip * SIDE / room_wide, x = strip * SIDE % room_wide;
     for (int place = 0; place < count * SIDE && y < k->high; place++) {
         if (x < k->wide)
-            memcpy(out + (y * k->wide + x) * k->outputs + output, edges[0] + place * SIDE, SIDE * sizeof(float));
+            memcpy(out + (y * k->wide + x) * k->outputs + output, edges[place / SIDE] + place % SIDE * SIDE, SIDE * sizeof(float));
         if (++x == room_wide) {
             x = 0;
             y++;
@@ -140,6 +145,7 @@ INLINE void strips(const layer *k, const uint16_t *room, float *out, int64_t str
 
 static void convolved(const layer *k, const uint16_t *room, float *out)
 {
+    __asm__ volatile("" ::: "memory"); /* tiles are loaded from what was stored before, which their intrinsics do not say */
     for (int64_t output = 0; output < k->outputs; output += SIDE) {
         int64_t strip = 0;
         for (; strip + 4 <= k->strips; strip += 4)
@@ -172,9 +178,12 @@ int convolve_matrix(const float *spikes, const float *weights, const float *bias
             tile.bytes[i] = 64;
             tile.rows[i] = i < 5 ? k.places : SIDE;
         }
+        __asm__ volatile("" ::: "memory");
         _tile_loadconfig(&tile);
-        if (!room)
+        if (!room) {
+#pragma omp atomic write
             failed = 1;
+        }
 #pragma omp for schedule(static)
         for (int64_t image = 0; image < images; image++) {
             if (!room || !tiles)

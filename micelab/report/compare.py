@@ -144,7 +144,7 @@ def compare(
         snn = convert(ann, method, calibration, **{"time_steps": made_for} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
         curve = accuracy_curve(snn, batches, time_steps, precision)
-        known = curve.at(explain_at) if explain_at in curve.time_steps else None
+        known = curve.at(explain_at) if explain_at in curve.time_steps and precision == "fp32" else None
         results[name] = MethodResult(
             network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
             ann_accuracy=accuracies[id(ann)],
@@ -155,7 +155,7 @@ def compare(
             size=size(ann, data.shape),
             machine=machine(),
             command=command,
-            precision=precision,
+            precision=snn.precision_here(precision, images.device),
         )
     return Comparison(data.name, split, len(chosen), len(images), explain_at, results, before)
 
