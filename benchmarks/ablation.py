@@ -10,7 +10,6 @@ others start from. Run:
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import micelab
 from micelab import joint
-from micelab.checkpoint import write_whole
+from micelab.checkpoint import write_json
 from micelab.data import to_float
 from micelab.errors import KINDS
 from micelab.machine import machine
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             words |= {"dataset": data.name, "images": len(data.validation), "time_steps": options.time_steps}
             words |= {"train_images": len(data.train), "penalty": options.penalty}
             words |= {"epochs": options.epochs, "machine": machine(), "rows": found}
-            write_whole(options.out, (json.dumps(words, indent=1) + "\n").encode())
+            write_json(options.out, words)
     return found
 
 

@@ -14,7 +14,6 @@ what packing and unpacking cost alone.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import micelab
-from micelab.checkpoint import write_whole
+from micelab.checkpoint import write_json
 from micelab.machine import machine
 from micelab.network.spike_convolutions import WAYS
 
@@ -118,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
             results["layers"][reader] = found
             print(reader, found, flush=True)
     if options.out:
-        write_whole(options.out, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(options.out, results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Seconds are those of the process (CPU time where one thread is used), so that a 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import micelab
-from micelab.checkpoint import write_whole
+from micelab.checkpoint import write_json
 from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
 from micelab.machine import keep_memory, machine
 
@@ -77,7 +76,7 @@ def main() -> None:
         words = {"command": shlex.join(["python", "benchmarks/joint.py", *sys.argv[1:]]), "machine": machine()}
         words |= {"batch_size": options.batch_size, "precision": options.precision, "repeat": options.repeat}
         words |= {"seconds": medians, "ratio_to_quant_clip": ratios}
-        write_whole(options.out, (json.dumps(words, indent=1) + "\n").encode())
+        write_json(options.out, words)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from micelab.panels import (
     RemedyPanel,
     StaircasePanel,
     ThresholdPanel,
-    TimePanel,
 )
 from micelab.report.remedies import try_remedies
 
@@ -70,7 +69,6 @@ def panels() -> Iterator[tuple[object, dict[str, object]]]:
         (StaircasePanel(), "steps start input"),
         (ThresholdPanel(torch.randn(20_000)), "theta steps"),
         (DepthPanel(tables), "steps"),
-        (TimePanel(curve, tables, *few[:2], snn.simulate(few[0], 8).predictions, data.classes, 0.5), "slider"),
         (
             MethodPanel({"a": snn, "b": snn}, dict.fromkeys("ab", curve), dict.fromkeys("ab", 0.5), *few),
             "method image step layer",

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import micelab
-from micelab.checkpoint import write_whole
+from micelab.checkpoint import write_json
 from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def save(path: Path | None, words: dict[str, Any]) -> None:
     if path:
-        write_whole(path, (json.dumps(words, indent=1) + "\n").encode())
+        write_json(path, words)
     else:
         print({key: value for key, value in words.items() if key not in ("table", "scaling")})
 

@@ -10,7 +10,6 @@ all of them out at once. Batch-norm folded into the weights and time folded into
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 import micelab
-from micelab.checkpoint import write_whole
+from micelab.checkpoint import write_json
 from micelab.machine import machine
 from micelab.network.folded import TimeFolded
 from micelab.network.spike_convolutions import WAYS
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{name:46s} {row['images_per_second']:8.1f} images/s, {row['share']:.2f}, logits differ by {row['difference']:.1e}"
         )
     if options.out:
-        write_whole(options.out, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(options.out, results)
 
 
 if __name__ == "__main__":

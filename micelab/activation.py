@@ -8,38 +8,17 @@ logarithm, and its gradient comes free: the activation is homogeneous of degree 
 from __future__ import annotations
 
 import math
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from micelab.exceptions import InputError
+from micelab.neuron.compiled import rate_gradient, staircase
+from micelab.neuron.layout import over_channels
 
 ActivationName = Literal["relu", "clip", "quant_clip", "noisy_quant_clip", "spike_clip"]
-
-
-def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> Tensor:
-    """`value` shaped to broadcast over `like`: a scalar stays a scalar, [C] lies along `channel_dim`.
-
-    A value for each neuron of each image, [N, C, ...] as in `like`, stays as it is.
-
-    >>> over_channels(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
-    torch.Size([2, 1, 1])
-
-    Raises InputError where a vector's length is not the number of channels.
-    """
-    if not isinstance(value, Tensor):
-        return like.new_full((), value)  # made where it is needed, not copied there
-    value = value.to(like)
-    if value.dim() == 0 or (value.dim() > 1 and value.shape == like.shape[channel_dim - 1 :]):
-        return value
-    if value.dim() != 1 or like.dim() <= channel_dim or value.shape[0] != like.shape[channel_dim]:
-        raise InputError(
-            f"a per-channel value of shape {tuple(value.shape)} does not fit a tensor of shape {tuple(like.shape)} "
-            f"with channels in dimension {channel_dim}: give a scalar or one value per channel"
-        )
-    return value.reshape(-1, *[1] * (like.dim() - channel_dim - 1))
 
 
 def clip(z: Tensor, theta: Tensor | float) -> Tensor:
@@ -53,14 +32,17 @@ def clip(z: Tensor, theta: Tensor | float) -> Tensor:
 
 
 def quantize(z: Tensor, theta: Tensor | float, levels: int, v0: Tensor | float = 0.5) -> Tensor:
-    """Q(z) = theta * clip(floor(levels*z/theta + v0), 0, levels) / levels: the staircase of DESIGN section 3.
+    """Q(z) = theta * clip(floor(levels*z/theta + v0), 0, levels) / levels: the staircase.
 
     z: [N, C, ...]; theta > 0 and v0 (in units of theta): scalar or [C]; levels: integer >= 1. With `levels` the number of
-    time-steps it is the rate of a neuron whose current is constant. Source: QCFS, Bu et al., ICLR 2022, eq. 8.
+    time-steps it is the rate of a neuron whose current is constant. Raises InputError for levels below 1. Source: QCFS, Bu et
+    al., ICLR 2022, eq. 8.
 
     >>> quantize(torch.tensor([-1.0, 0.3, 0.9, 5.0]), theta=2.0, levels=4)
     tensor([0.0000, 0.5000, 1.0000, 2.0000])
     """
+    if levels < 1:
+        raise InputError(f"levels is {levels!r}: a staircase has at least one")
     theta, v0 = over_channels(theta, z), over_channels(v0, z)
     return theta * torch.floor(levels * z / theta + v0).clamp(0, levels) / levels
 
@@ -81,7 +63,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, rate, log_theta = ctx.saved_tensors
-        fused = _in_one_pass("rate_gradient", grad, z, rate, log_theta.exp(), ctx.levels)
+        fused = _in_one_pass(rate_gradient, grad, z, rate, log_theta.exp(), ctx.levels)
         if fused is not None:
             grad_z, of_theta, spikes = fused
             return grad_z, of_theta, spikes * log_theta.exp() / ctx.levels if ctx.needs_input_grad[2] else None, None, None
@@ -97,11 +79,9 @@ class _StraightThrough(torch.autograd.Function):
         return grad_z, grad_log_theta, grad_v0, None, None
 
 
-def _in_one_pass(function: str, *args: Any) -> Any:
-    """What the compiled `function` of micelab.neuron.compiled gives; None where the operations of torch must do."""
-    if torch.compiler.is_compiling() or args[0].device.type != "cpu":
-        return None
-    return getattr(import_module("micelab.neuron.compiled"), function)(*args)
+def _in_one_pass(function: Callable[..., Any], *args: Any) -> Any:
+    """What the compiled `function` gives; None where the operations of torch must do."""
+    return None if torch.compiler.is_compiling() or args[0].device.type != "cpu" else function(*args)
 
 
 def straight_through(z: Tensor, rate: Tensor, log_theta: Tensor, v0: Tensor | None, levels: int) -> Tensor:
@@ -172,7 +152,7 @@ class QuantClip(TrainableClip):
     @torch.no_grad()
     def staircase(self, z: Tensor) -> Tensor:
         """Q(z), without gradient."""
-        fused = _in_one_pass("staircase", z, self.theta, self.v0, self.levels)
+        fused = _in_one_pass(staircase, z, self.theta, self.v0, self.levels)
         if fused is not None:
             return fused
         theta = over_channels(self.theta, z)

@@ -34,6 +34,11 @@ def write_whole(path: Path, content: bytes) -> None:
         raise CheckpointError(f"{path} could not be written ({why}); what was there before is whole") from error
 
 
+def write_json(path: Path, words: Any) -> None:
+    """`words` as indented JSON, in one step."""
+    write_whole(path, (json.dumps(words, indent=1) + "\n").encode())
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
     """Tensors and a JSON dict in one safetensors file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -69,7 +74,7 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
     tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
     write_tensors(path, tensors, {"spec": spec, "card": card or {}})
     if card:
-        write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+        write_json(path.with_suffix(".json"), card)
     return path
 
 
@@ -80,6 +85,8 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
     """
     path = find(name, folder)
     tensors, words = read_tensors(path)
+    if "spec" not in words:
+        raise CheckpointError(f"{path} holds the state of a run and no network: give the model.safetensors beside it")
     try:
         model = _restore(words["spec"], tensors)
     except (KeyError, MicelabError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph.runner import LayerRunner, check_images
+from micelab.graph.runner import LayerRunner, check_images, image_batches
 from micelab.graph.tracing import activations, replace_activations, trace
 from micelab.methods.calibration import IMAGES as CALIBRATION_IMAGES
 from micelab.methods.calibration import ann_means
@@ -119,8 +119,7 @@ def _batches(calibration: Tensor | Iterable[Any]) -> list[Tensor]:
     """The calibration images, checked, in batches."""
     if not isinstance(calibration, Iterable):
         raise InputError(f"calibration is a {type(calibration).__name__}: give training images [N, C, H, W] or batches of them")
-    given = check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration
-    batches = [check_images(_images_of(batch)) for batch in given]
+    batches = list(image_batches(check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration))
     if not batches:
         raise InputError("calibration holds no images: give some training images [N, C, H, W]")
     return batches
@@ -139,10 +138,6 @@ def _observe(traced: fx.GraphModule, batches: list[Tensor]) -> dict[str, tuple[T
 def _home(traced: fx.GraphModule) -> Tensor:
     """A tensor on the network's device, of its type."""
     return next(chain(traced.parameters(), traced.buffers(), [torch.zeros(())]))
-
-
-def _images_of(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
 class _Observer(LayerRunner):

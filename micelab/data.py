@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from micelab.exceptions import DataError
+from micelab.exceptions import DataError, InputError
 
 SplitName = Literal["train", "validation", "test"]
 VALIDATION_SHARE = {"digits": 0.1, "cifar10": 0.05, "cifar100": 0.05}
@@ -61,6 +61,9 @@ class ImageData:
         return tuple(self.train.images.shape[1:])  # type: ignore[return-value]
 
     def split(self, name: SplitName) -> Split:
+        """The split "train", "validation" or "test"; raises InputError for another name."""
+        if name not in ("train", "validation", "test"):
+            raise InputError(f"split {name!r} is unknown: choose 'train', 'validation' or 'test'")
         return getattr(self, name)
 
 

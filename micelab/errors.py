@@ -16,15 +16,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from micelab.activation import TrainableClip, clip, over_channels
+from micelab.activation import TrainableClip, clip
 from micelab.exceptions import InputError
-from micelab.graph.runner import InputCollector, check_images
-from micelab.graph.tracing import trace
+from micelab.graph.runner import InputCollector, image_batches
+from micelab.graph.tracing import activations, trace
 from micelab.network.records import LayerRun
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire, check_theta, fire
+from micelab.neuron.layout import over_channels
 
 KINDS = ("timing", "quantization", "clipping", "inherited")
 """The four terms, in the order in which every table and figure shows them."""
@@ -139,8 +140,22 @@ class ErrorTable:
         return cls(**words | {"layers": layers})
 
 
-def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterable[Any], time_steps: int = 8) -> ErrorTable:
-    """The four error terms of every layer of `snn` against `ann`, for images [N, C, H, W] in [0, 1] or batches of them.
+def trace_of(ann: nn.Module, snn: SpikingNetwork) -> fx.GraphModule:
+    """The graph of `ann`; raises InputError where its activations are not the layers of `snn`."""
+    traced = trace(ann)
+    if list(activations(traced)) != list(snn.neurons):
+        raise InputError(
+            f"the networks do not match: the ANN's activations are {', '.join(activations(traced))}, the spiking layers "
+            f"{', '.join(snn.neurons)}; convert this very ANN"
+        )
+    return traced
+
+
+def error_breakdown(
+    ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterable[Any], time_steps: int | None = None
+) -> ErrorTable:
+    """The four error terms of every layer of `snn` against `ann`, for images [N, C, H, W] in [0, 1] or batches of them,
+    at T = `time_steps` (default: those `snn` was converted for).
 
     Images go through in chunks, sums are kept in float64. Raises InputError where the networks' layers do not match.
 
@@ -150,17 +165,12 @@ def error_breakdown(ann: nn.Module, snn: SpikingNetwork, images: Tensor | Iterab
     >>> table.layers["stem.2"].timing.rms  # one step has no order
     0.0
     """
-    collector = InputCollector(trace(ann))
-    if list(collector.activations) != list(snn.neurons):
-        raise InputError(
-            f"the networks do not match: the ANN's activations are {', '.join(collector.activations)}, the spiking layers "
-            f"{', '.join(snn.neurons)}; convert this very ANN"
-        )
+    time_steps = snn.time_steps if time_steps is None else time_steps
+    collector = InputCollector(trace_of(ann, snn))
     sums: dict[str, _Sums] = {name: _Sums() for name in snn.neurons}
-    batches = [images] if isinstance(images, Tensor) else (b[0] if isinstance(b, (tuple, list)) else b for b in images)
     seen = 0
-    for batch in batches:
-        for part, run in snn.stream(check_images(batch), time_steps):
+    for batch in image_batches(images):
+        for part, run in snn.stream(batch, time_steps):
             with torch.inference_mode():
                 collector.run(part)
                 for name, layer in run.layers.items():

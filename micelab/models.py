@@ -41,6 +41,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise InputError(f"images have shape {tuple(x.shape)}: give them as [N, C, H, W], one image as image[None]")
         if x.shape[-3] != len(self.mean):
             wanted = len(self.mean)
             raise InputError(
@@ -112,7 +114,9 @@ def resnet20(
     if kind is not None and kind not in _WIDTH_OF_KIND:
         raise InputError(f"kind {kind!r} of ResNet-20 is unknown: choose 'A', 'B' or 'C'")
     spec = {"name": "resnet20", "num_classes": num_classes, "width": width, "kind": kind, "activation": activation}
-    width = width or _WIDTH_OF_KIND[kind or "A"]
+    if kind is not None and width is not None:
+        raise InputError(f"kind {kind!r} has its own width: give kind or width, not both")
+    width = _WIDTH_OF_KIND[kind or "A"] if width is None else width
     if min(width, num_classes, in_channels) < 1:
         raise InputError(f"width {width}, num_classes {num_classes} and in_channels {in_channels} must be at least 1")
 

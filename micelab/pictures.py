@@ -20,8 +20,8 @@ METHOD_COLOURS = (
 """Lines of methods, one for each: first Paul Tol's muted colours, safe for colour-blind readers; none means an error."""
 
 
-def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_accuracy: float, mark: int | None = None) -> bytes:
-    """PNG: accuracy over T on the left (`mark` rings one T of the first curve), each layer's errors at one T on the right.
+def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_accuracy: float) -> bytes:
+    """PNG: accuracy over T on the left, each layer's errors at one T on the right.
 
     Upper bounds, whose layers wait for one another, are left out: their true steps lie far beyond the others'.
     """
@@ -38,8 +38,6 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     drawn = [curve for curve in curves if curve.turns == 1] or list(curves)
     for curve, style in zip(drawn, cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), strict=False):
         left.plot(curve.true_steps, [100 * a for a in curve.accuracy], style, markersize=5, label=curve.method)
-    if mark is not None:
-        left.plot([curves[0].true(mark)], [100 * curves[0].at(mark)], "o", markersize=13, fillstyle="none", color="black")
     steps = curves[0].true_steps
     left.set_xscale("log", base=2)
     left.set_xticks(steps, [str(t) for t in steps])

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from micelab.activation import QuantClip, TrainableClip, clip, make_activation, over_channels, quantize
+from micelab.activation import QuantClip, TrainableClip, clip, make_activation, quantize
 from micelab.exceptions import InputError
+from micelab.neuron.layout import over_channels
 
 
 def numpy_clip(z, theta):
@@ -144,3 +145,8 @@ def test_a_bound_that_does_not_fit_the_channels_names_both_shapes():
         clip(drawn(), torch.ones(4))
     with pytest.raises(InputError, match="one value per channel"):
         QuantClip(channels=4)(drawn())
+
+
+def test_a_staircase_without_levels_is_refused():
+    with pytest.raises(InputError, match="levels is 0"):
+        quantize(torch.rand(3), 1.0, 0)

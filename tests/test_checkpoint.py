@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import micelab
 from micelab import checkpoint, models
 from micelab.exceptions import CheckpointError
 
@@ -158,3 +159,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/net.safetensors could not be written"):
         checkpoint.save(network(), tmp_path / "file" / "net")
+
+
+def test_the_state_of_a_run_is_not_taken_for_a_network(tmp_path):
+    checkpoint.write_tensors(tmp_path / "state.safetensors", {"model.a": torch.zeros(1)}, {"config": {}})
+    with pytest.raises(CheckpointError, match="holds the state of a run and no network"):
+        micelab.load(tmp_path / "state.safetensors")

@@ -186,3 +186,22 @@ def test_options_out_of_range_are_refused_in_words(options, text):
 def test_what_cannot_be_converted_is_named():
     with pytest.raises(ConversionError, match=r"layer `1` is nn\.GELU"):
         convert(nn.Sequential(nn.Linear(3, 3), nn.GELU()), "max", IMAGES)
+
+
+def test_a_spiking_network_is_not_converted_again():
+    snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    with pytest.raises(ConversionError, match="is a spiking network already: give the ANN"):
+        micelab.convert(snn, "qcfs")
+
+
+def test_one_image_without_its_batch_is_told_to_become_one():
+    snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    with pytest.raises(InputError, match=r"image\[None\]"):
+        snn.simulate(torch.rand(1, 8, 8))
+
+
+def test_kind_and_width_of_a_resnet_are_not_given_together():
+    with pytest.raises(InputError, match="give kind or width"):
+        micelab.resnet20(kind="C", width=16)
+    with pytest.raises(InputError, match="at least 1"):
+        micelab.resnet20(width=0)

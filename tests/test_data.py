@@ -283,3 +283,8 @@ def test_a_batch_size_that_does_not_fit_is_refused(size, world):
 def test_an_unknown_augmentation_is_answered_with_the_known_ones():
     with pytest.raises(InputError, match="'strong' is unknown: choose 'none', 'standard', 'cutout' or 'auto'"):
         augmentation("strong", 32)  # type: ignore[arg-type]
+
+
+def test_a_split_of_another_name_is_refused():
+    with pytest.raises(InputError, match="split 'val' is unknown: choose 'train', 'validation' or 'test'"):
+        load_data("digits").split("val")

@@ -154,3 +154,9 @@ def test_on_grid_rounds_to_the_nearest_multiple():
     values = torch.linspace(-2, 2, 101)
     assert float((on_grid(values, 5) - values).abs().max()) <= 2**-6
     assert torch.equal(on_grid(values, 5) * 32, (on_grid(values, 5) * 32).round())
+
+
+def test_padding_with_zeros_stays_on_the_grid():
+    layers = [nn.ZeroPad2d(1), nn.Conv2d(1, 16, 3), micelab.QuantClip(levels=4, theta=1.0), nn.Flatten(), nn.Linear(1024, 2)]
+    snn = micelab.convert(nn.Sequential(*layers).eval(), "qcfs", time_steps=2)
+    assert snap_to_grid(snn, bits=6, shape=(1, 8, 8)).most_steps == 2

@@ -67,9 +67,7 @@ def test_trained_bound_is_the_activations_own_theta():
 
 
 def test_a_new_method_joins_without_touching_the_rest(registry):
-    twice = methods.register(
-        Method("twice", "twice the largest", "this test", lambda seen: 2 * seen.highest, v0=0.25, hidden_steps=4)
-    )
+    twice = methods.register(Method("twice", "this test", lambda seen: 2 * seen.highest, v0=0.25, hidden_steps=4))
     assert methods.get("twice") is twice
     images = torch.rand(4, 1, 8, 8)
     ann = small_cnn()
@@ -93,5 +91,4 @@ def test_every_method_says_where_it_comes_from():
     assert known | {"accumulate"} <= methods.METHODS.keys()
     for name, method in methods.METHODS.items():
         assert name == method.name
-        assert method.title
         assert any(year in method.source for year in map(str, range(2015, 2030)))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import micelab
 from micelab import methods
 from micelab.convert import convert
 from micelab.exceptions import InputError
@@ -166,3 +167,44 @@ def test_the_three_networks_called_resnet20_have_the_sizes_that_the_tables_name(
     found = size(resnet20(kind=kind), (3, 32, 32))
     assert found.parameters == pytest.approx(parameters, rel=0 if kind == "A" else 0.003)
     assert found.macs / 1e6 == pytest.approx(millions, rel=0.003)
+
+
+def test_points_are_refused_for_images_that_are_not_and_for_another_network():
+    ann = micelab.small_cnn(activation="quant_clip", theta=1.0).eval()
+    snn = micelab.convert(ann, "qcfs", time_steps=2)
+    images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(InputError, match="NaN"):
+        micelab.lost_points(ann, snn, [(images * torch.nan, labels)], snn_accuracy=0.5)
+    with pytest.raises(InputError, match="the networks do not match"):
+        micelab.lost_points(micelab.resnet20(width=2, activation="quant_clip"), snn, [(images, labels)])
+
+
+@pytest.mark.parametrize("loader", [torch.rand(4, 1, 8, 8), [torch.rand(4, 1, 8, 8)], [(torch.rand(4, 1, 8, 8), torch.zeros(3))]])
+def test_a_loader_without_a_label_for_each_image_is_refused(loader):
+    snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    with pytest.raises(InputError, match="give batches of"):
+        micelab.accuracy_curve(snn, loader, (1,))
+
+
+@pytest.mark.parametrize("time_steps", [(1.5, 2), (), (0,), ("2",)])
+def test_an_accuracy_is_asked_for_after_whole_steps(time_steps):
+    snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    with pytest.raises(InputError, match="give integers of at least 1"):
+        micelab.accuracy_curve(snn, [(torch.rand(2, 1, 8, 8), torch.zeros(2))], time_steps)
+
+
+def test_a_step_that_was_not_measured_is_named_with_those_that_were():
+    snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    curve = micelab.accuracy_curve(snn, [(torch.rand(2, 1, 8, 8), torch.zeros(2))], (1, 4))
+    with pytest.raises(InputError, match=r"T = 3 was not measured: choose T from \(1, 4\)"):
+        curve.at(3)
+
+
+def test_where_no_t_is_given_it_is_the_one_of_the_conversion():
+    ann = micelab.small_cnn(activation="quant_clip", theta=1.0).eval()
+    snn = micelab.convert(ann, "qcfs", time_steps=3)
+    images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    assert len(snn.simulate(images).logits) == 3
+    assert micelab.error_breakdown(ann, snn, images).time_steps == 3
+    assert micelab.lost_points(ann, snn, [(images, labels)]).time_steps == 3
+    assert micelab.energy(snn, images).time_steps == 3

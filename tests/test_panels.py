@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import micelab
 from micelab.activation import quantize
 from micelab.data import to_float
 from micelab.exceptions import InputError
-from micelab.panels import DepthPanel, ImagePanel, NeuronPanel, OrderPanel, StaircasePanel, ThresholdPanel, TimePanel
+from micelab.panels import DepthPanel, ImagePanel, NeuronPanel, OrderPanel, StaircasePanel, ThresholdPanel
 from micelab.panels.drawing import without_mark
 
 STEPS = (1, 2, 4, 8)
@@ -43,35 +44,6 @@ def test_changes_of_the_layout_are_freed_of_their_mark_in_the_plotly_that_is_ins
     assert freed != own
     assert "_doNotReportToPy=!0" in freed  # of traces it stays: there plotly draws anew in any case
     assert re.sub(r'Object\.defineProperty\((\w+),"_doNotReportToPy",\{value:!0\}\)', r"\1._doNotReportToPy=!0", freed) == own
-
-
-def test_every_position_of_the_slider_shows_its_own_numbers(parts):
-    panel = TimePanel(*parts)
-    curve, tables, _, labels, predictions, classes, _ = parts
-    for t in (*STEPS, *reversed(STEPS), 1, 1, 8):
-        panel.slider.set_state({"index": STEPS.index(t)})  # the browser's own path
-        assert panel.value == t
-        assert f"T = {t}:" in panel.words.value
-        assert panel.accuracy.data[-1].y[0] == pytest.approx(100 * curve.at(t))
-        for trace in panel.errors.data[:4]:
-            wanted = [100 * getattr(layer, trace.name).rms / layer.signal for layer in tables[t].layers.values()]
-            assert list(trace.y) == pytest.approx(wanted)
-        assert panel.captions() == [classes[p] for p in predictions[t - 1]]
-        assert panel.strip.value.count("✓") == int((predictions[t - 1] == labels).sum())
-
-
-def test_at_rest_the_panel_is_a_picture_and_a_sentence(parts):
-    data, _ = TimePanel(*parts)._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in data
-    assert data["text/plain"].startswith("TimePanel: T = 8: accuracy")
-    assert len(data["image/png"]) < 120_000
-    assert data["image/png"].startswith("iVBOR")
-
-
-def test_a_curve_that_lacks_a_step_of_the_tables_is_refused(parts):
-    curve, tables, *rest = parts
-    with pytest.raises(InputError, match="must hold every T"):
-        TimePanel(curve, tables | {3: tables[2]}, *rest)
 
 
 def shown(panel):
@@ -314,10 +286,22 @@ def test_the_first_message_of_a_figure_holds_all_of_it(monkeypatch, parts):
         return make(**message)
 
     monkeypatch.setattr(ipywidgets.widgets.widget.comm, "create_comm", noting)
-    panels = [TimePanel(*parts), StaircasePanel()]
+    panels = [DepthPanel(parts[1]), StaircasePanel()]
     states = [message["data"]["state"] for message in opened if "_widget_data" in message["data"]["state"]]
-    drawn = [panels[0].accuracy, panels[0].errors, *panels[1].drawn]
+    drawn = [figure for panel in panels for figure in panel.drawn]
     assert [len(figure.data) for figure in drawn] == [len(state["_widget_data"]) for state in states]
     assert all(state["_widget_layout"]["height"] for state in states)
     assert all(len(state["_esm"]) < 5_000 for state in states)  # plotly's own code is sent once, by the library
     assert len({state["_library"] for state in states}) == 1
+
+
+def test_a_network_of_one_spiking_layer_has_a_panel_over_depth_too():
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), micelab.QuantClip(levels=4, theta=1.0), nn.Flatten(), nn.Linear(144, 10)).eval()
+    snn = micelab.convert(ann, "qcfs")
+    tables = {t: micelab.error_breakdown(ann, snn, torch.rand(4, 1, 8, 8), t) for t in (1, 2)}
+    assert "in the first spiking layer" in DepthPanel(tables).sentence()
+
+
+def test_every_threshold_of_small_inputs_is_reachable():
+    panel = ThresholdPanel(0.1 * torch.rand(1000))
+    assert len(panel.theta.options) == panel.CANDIDATES

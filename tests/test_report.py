@@ -10,6 +10,7 @@ import micelab
 from micelab import figures
 from micelab.checkpoint import CheckpointError
 from micelab.errors import KINDS
+from micelab.exceptions import InputError
 from micelab.pictures import COLOURS, curve_and_errors
 from micelab.report.compare import compare, drawable, fitting, merged, rows
 from micelab.report.page import write_report
@@ -217,4 +218,12 @@ def test_a_page_that_cannot_be_written_says_so(result, tmp_path):
 
 def test_the_still_picture_is_a_png(result):
     row = result.results["qcfs"]
-    assert curve_and_errors([row.curve], row.errors, row.ann_accuracy, mark=2).startswith(b"\x89PNG")
+    assert curve_and_errors([row.curve], row.errors, row.ann_accuracy).startswith(b"\x89PNG")
+
+
+def test_two_resnets_of_one_activation_and_level_are_two_rows():
+    wide, narrow = (micelab.resnet20(kind=kind, activation="quant_clip", levels=8) for kind in "BA")
+    found = [row for row in rows([narrow, wide]) if row.startswith("qcfs")]
+    assert found == ["qcfs L=8 ResNet-20 kind A (width 16)", "qcfs L=8 ResNet-20 kind B (width 64)"]
+    with pytest.raises(InputError, match="evaluate them one after the other"):
+        rows([narrow, micelab.resnet20(kind="A", activation="quant_clip", levels=8)])

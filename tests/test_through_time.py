@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import micelab
-from micelab.activation import over_channels, straight_through
+from micelab.activation import straight_through
 from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
 from micelab.joint import normed as together
 from micelab.joint.normed import StraightThrough, ThroughTime, statistics, suits
 from micelab.joint.through_time import spikes_through_time, time_gradient
 from micelab.neuron import compiled
+from micelab.neuron.layout import over_channels
 from micelab.neuron.normed import NormedNeurons
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import micelab
 from micelab import checkpoint, joint, train
 from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
@@ -521,3 +522,31 @@ def test_every_shipped_network_has_a_recipe_for_each_of_its_runs(name):
     assert len(remake.recipes(name)) == len(card.get("stages_before", [])) + 1
     assert remake.recipes(name)[-1].dataset == card["dataset"]
     assert remake.recipes(name)[0].start is None
+
+
+def test_a_run_that_python_started_says_so_in_its_card(tmp_path):
+    data = micelab.load_data("digits")
+    small = dataclasses.replace(data, train=data.train.head(64), validation=data.validation.head(16), test=data.test.head(16))
+    train.train(TrainConfig(epochs=1, batch_size=32), tmp_path / "run", small, progress=False)
+    card = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert card["command"].startswith("micelab.train.train(TrainConfig(dataset='digits', epochs=1")
+    assert str(tmp_path / "run") in card["command"]
+
+
+def test_an_accuracy_leaves_every_layer_in_its_mode():
+    model = micelab.small_cnn().train()
+    model.stem[1].eval()
+    before = [module.training for module in model.modules()]
+    split = micelab.load_data("digits").test.head(8)
+    train.accuracy(model, split)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(InputError, match="no images"):
+        train.accuracy(model, split.head(0))
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"), [({"precision": "fp16"}, "bf16 or fp32"), ({"label_smoothing": 1.0}, "at least 0, less than 1")]
+)
+def test_an_option_out_of_range_is_named_with_its_range(option, wanted):
+    with pytest.raises(InputError, match=f"out of range: give {wanted}"):
+        TrainConfig(**option)

@@ -13,9 +13,9 @@ import torch
 
 import micelab
 from micelab import neuron
-from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.neuron import triton_kernel
+from micelab.neuron.layout import over_channels
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under TRITON_INTERPRET=1 only")
 

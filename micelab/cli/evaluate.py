@@ -48,7 +48,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy over time of every method, with the ANN's, the points lost to each error, and the energy."""
-    from micelab.checkpoint import write_whole
+    from micelab.checkpoint import write_json, write_whole
     from micelab.data import load_data
     from micelab.network.spiking import PRECISIONS
     from micelab.report.compare import ERROR_IMAGES, check_alike, compare, drawable, merged
@@ -80,7 +80,7 @@ def evaluate(
     )
     whole = result.to_dict() if earlier is None else merged(earlier, result.to_dict())
     if out is not None:
-        write_whole(out, (json.dumps(whole, indent=1) + "\n").encode())
+        write_json(out, whole)
     if picture is not None:
         from micelab.pictures import curve_and_errors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from math import log10
 from typing import Any
 
@@ -16,7 +17,6 @@ from micelab.figures.style import (
     METHOD_SYMBOLS,
     NEUTRAL,
     TOTAL,
-    cycle,
     go,
     labels,
     layer_axis,

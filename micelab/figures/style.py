@@ -49,12 +49,6 @@ def layer_axis(figure: go.Figure, names: list[str], note: str = "") -> None:
         figure.update_xaxes(tickfont_size=11)
 
 
-def cycle(values: Sequence[str]) -> Iterable[str]:
-    """The values over and over."""
-    while True:
-        yield from values
-
-
 def legend_rows(entries: Sequence[str], width: int = 580) -> int:
     """How many rows the legend may take in a figure 700 pixels wide: plotly gives every entry the widest one's room."""
     widths = [48 + 6.5 * len(entry) for entry in entries]

@@ -21,8 +21,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_AFFINE = (*WEIGHTED, *BATCH_NORMS, *_POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
+POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_AFFINE = (*WEIGHTED, *BATCH_NORMS, *POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
 RELU_CALLS = {F.relu, torch.relu, "relu"}
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _SUM_CALLS = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", operator.neg, torch.neg, "neg"}
@@ -120,7 +120,9 @@ def check_module(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.Flatten) and module.start_dim == 0:
         raise ConversionError(f"layer `{name}` flattens the images of a batch into one: use nn.Flatten(start_dim=1)")
     if not isinstance(module, ACTIVATIONS + _AFFINE):
-        why = next((text for part, text in _REMEDIES.items() if part in kind), "use nn.ReLU or micelab.QuantClip")
+        of_activations = type(module).__module__ == nn.modules.activation.__name__
+        usual = "use nn.ReLU or micelab.QuantClip" if of_activations else "use one of those in docs/conversion.md"
+        why = next((text for part, text in _REMEDIES.items() if part in kind), usual)
         raise ConversionError(f"layer `{name}` is nn.{kind}, which has no spiking counterpart here: {why}")
 
 

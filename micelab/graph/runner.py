@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +72,26 @@ class InputCollector(LayerRunner):
     def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
         self.inputs[name] = z
         return module(z)
+
+
+def image_batches(images: Any) -> Iterator[Tensor]:
+    """The batches of `images`: a tensor [N, C, H, W] is one, a loader gives its own, labels are left out; each is checked."""
+    if not isinstance(images, Iterable):
+        raise InputError(f"images are a {type(images).__name__}: give a float tensor [N, C, H, W] in [0, 1] or batches of them")
+    for batch in [images] if isinstance(images, Tensor) else images:
+        yield check_images(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
+
+
+def labelled_batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of every batch of `loader`, checked; raises InputError where it gives none, or something else."""
+    seen = 0
+    for batch in loader if isinstance(loader, Iterable) and not isinstance(loader, Tensor) else [loader]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
+            raise InputError(f"the loader gives a {type(batch).__name__}: give batches of (images [N, C, H, W], labels [N])")
+        yield check_images(batch[0]), batch[1]
+        seen += len(batch[1])
+    if not seen:
+        raise InputError("the loader gave no images: give batches of (images, labels)")
 
 
 def check_images(images: Any) -> Tensor:

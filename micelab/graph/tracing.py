@@ -83,6 +83,8 @@ def read(model: nn.Module) -> fx.GraphModule:
 
 def as_graph(model: nn.Module) -> fx.GraphModule:
     """The graph of `model` as it stands, nothing checked or changed but that it has one."""
+    if any(isinstance(module, IntegrateFire) for module in model.modules()):
+        raise ConversionError(f"{type(model).__name__} is a spiking network already: give the ANN that it was converted from")
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from micelab.activation import over_channels, straight_through
+from micelab.activation import straight_through
 from micelab.exceptions import ConversionError
 from micelab.graph.affine import BATCH_NORMS, is_size
 from micelab.graph.tracing import is_activation, read
@@ -29,6 +29,7 @@ from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded, largest_layer
 from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron.firing import fire
+from micelab.neuron.layout import over_channels
 
 STEPS_BUDGET = 4 * CACHE_BUDGET
 """Bytes that the T steps of the largest layer may take at a time. Smaller chunks save memory, but no time in training."""

@@ -79,7 +79,8 @@ def train(
     def kind(*args: Any) -> Run:
         return _JointRun(*args, model=model)
 
-    return carry_out(kind, config, out, data, resume, progress, folder, command)
+    typed = command or f"micelab.joint.train({config}, {str(out)!r})"
+    return carry_out(kind, config, out, data, resume, progress, folder, typed)
 
 
 class _JointRun(Run):

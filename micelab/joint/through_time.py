@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from micelab.activation import over_channels
 from micelab.graph.affine import BATCH_NORMS
 from micelab.graph.tracing import is_activation, module_of, read
 from micelab.joint.normed import TakesAlong, ThroughTime
@@ -25,7 +24,7 @@ from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded
 from micelab.neuron import compiled
 from micelab.neuron.firing import fire
-from micelab.neuron.layout import steps_like
+from micelab.neuron.layout import over_channels, steps_like
 
 
 class SpikesThroughTime(nn.Module):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from micelab.activation import over_channels
 from micelab.graph.runner import LayerRunner
 from micelab.network.folded import TimeFolded
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import fire
+from micelab.neuron.layout import over_channels
 
 IMAGES = 256
 """At most so many calibration images give biases: all their steps are in memory at once."""

@@ -48,7 +48,6 @@ class Method:
     """
 
     name: str
-    title: str
     source: str
     theta: Callable[[Observation], Tensor]
     v0: float | None = 0.0
@@ -139,7 +138,6 @@ def noisy_bound(seen: Observation) -> Tensor:
 register(
     Method(
         name="max",
-        title="largest activation",
         source="Diehl et al., IJCNN 2015: data-based threshold balancing by the maximum",
         theta=highest,
     )
@@ -147,7 +145,6 @@ register(
 register(
     Method(
         name="percentile",
-        title="99.9th percentile",
         source="Rueckauer et al., Frontiers in Neuroscience 2017: robust normalization by a percentile",
         theta=percentile,
     )
@@ -155,7 +152,6 @@ register(
 register(
     Method(
         name="mse",
-        title="least square error",
         source="Li et al., ICML 2021: grid search of the least mean square error to the clip-floor; start at half a threshold",
         theta=mean_square_optimal,
         v0=0.5,
@@ -164,7 +160,6 @@ register(
 register(
     Method(
         name="tcl",
-        title="trained clip",
         source="Ho & Chang, DAC 2021 (arXiv 2008.04509): the trained clipping bound is the threshold",
         theta=trained_bound,
         calibrates=False,
@@ -174,7 +169,6 @@ register(
 register(
     Method(
         name="qcfs",
-        title="quantized clip",
         source="Bu et al., ICLR 2022: trained with quantization and clipping, start at half a threshold",
         theta=trained_bound,
         v0=0.5,
@@ -185,7 +179,6 @@ register(
 register(
     Method(
         name="half_start",
-        title="half-threshold start",
         source="Bu et al., AAAI 2022 (arXiv 2202.01440): a trained clip whose neurons start at half a threshold",
         theta=trained_bound,
         v0=0.5,
@@ -196,7 +189,6 @@ register(
 register(
     Method(
         name="calibrated",
-        title="calibrated bias",
         source="Li et al., ICML 2021 (light pipeline): least-square thresholds, then a bias for each channel so that its mean "
         "rate is the ANN's, layer by layer (documented: one round; here a few, and the start at half a threshold at once)",
         theta=mean_square_optimal,
@@ -208,7 +200,6 @@ register(
 register(
     Method(
         name="signed",
-        title="signed neuron",
         source="Wang et al., IJCAI 2022 (SNM): a neuron that has fired may take a spike back (documented: at v <= -theta from a "
         "start at 0; here, on a QCFS network that starts at theta/2, at v < 0, the same distance from the start)",
         theta=trained_bound,
@@ -221,7 +212,6 @@ register(
 register(
     Method(
         name="srp",
-        title="residual potential",
         source="Hao et al., AAAI 2023 (SRP, arXiv 2302.02091): after 4 hidden steps, neurons whose potential is not above 0 are "
         "silent for all T steps",
         theta=trained_bound,
@@ -235,7 +225,6 @@ register(
 register(
     Method(
         name="cos",
-        title="offset spikes",
         source="Hao et al., ICLR 2023 (COS, arXiv 2302.10685): after 4 hidden steps, each neuron's start is shifted by a spike's "
         "worth where it fired once too often or too seldom",
         theta=trained_bound,
@@ -249,7 +238,6 @@ register(
 register(
     Method(
         name="step_bias",
-        title="bias of each step",
         source="Wu et al., ECCV 2024 (FTBC, arXiv 2403.18388): a bias for each step and channel so that the mean error of every "
         "step is 0 (documented: the aim, forward only; the search for it is ours)",
         theta=trained_bound,
@@ -264,7 +252,6 @@ register(
 register(
     Method(
         name="noise",
-        title="noise training",
         source="Huang et al., IEEE TNNLS 2025 (NQ): a QCFS network trained with the measured noise of its own conversion",
         theta=noisy_bound,
         v0=0.5,
@@ -275,7 +262,6 @@ register(
 register(
     Method(
         name="accumulate",
-        title="upper bound: accumulate, then fire",
         source="An upper bound, not a rival (compare Datta et al., TMLR 2025): each layer waits for all T steps of the one "
         "before, so no timing error is left and the steps of all layers add up",
         theta=trained_bound,
@@ -288,7 +274,6 @@ register(
 register(
     Method(
         name="mice",
-        title="joint training",
         source="after Ho & Chang, JETCAS 2023 (a reconstruction): trained with the spikes in the loop, theta and v0 as trained",
         theta=trained_bound,
         v0=None,

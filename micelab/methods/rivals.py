@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from micelab.activation import over_channels
 from micelab.neuron.firing import Firing, IntegrateFire, fire, over_time
+from micelab.neuron.layout import over_channels
 
 MARGIN = 1e-3
 """In units of theta: how far from 0 or theta a potential must lie to count as beyond it (the value in the authors' code)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from micelab.exceptions import InputError
+from micelab.graph.runner import labelled_batches
 from micelab.network.spiking import Precision, SpikingNetwork
 
 
@@ -49,6 +50,8 @@ class AccuracyCurve:
 
     def at(self, time_steps: int) -> float:
         """Accuracy after so many steps."""
+        if time_steps not in self.time_steps:
+            raise InputError(f"accuracy at T = {time_steps} was not measured: choose T from {self.time_steps}")
         return self.accuracy[self.time_steps.index(time_steps)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,17 +71,16 @@ def accuracy_curve(
     a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
     "bf16" are those of `SpikingNetwork.simulate`.
     """
-    wanted = tuple(sorted(set(time_steps)))
-    if not wanted or wanted[0] < 1:
-        raise InputError(f"time_steps is {tuple(time_steps)}: give numbers of at least 1")
+    given = time_steps if isinstance(time_steps, Iterable) else (time_steps,)
+    wanted = tuple(sorted(set(given)))
+    if not wanted or not all(isinstance(t, int) and t >= 1 for t in wanted):
+        raise InputError(f"time_steps is {wanted}: give integers of at least 1, as in (1, 2, 4, 8)")
     right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
-    for images, labels in loader:
+    for images, labels in labelled_batches(loader):
         if snn.turns == 1:
             predictions = snn.simulate(images, wanted[-1], record=False, precision=precision).predictions[[t - 1 for t in wanted]]
         else:
             predictions = torch.stack([snn(images, t, precision).argmax(-1) for t in wanted])
         right += (predictions == labels.to(predictions.device)).sum(1).cpu()
         seen += len(labels)
-    if not seen:
-        raise InputError("the loader gave no images: give batches of (images, labels)")
     return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps, snn.turns)

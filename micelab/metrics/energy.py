@@ -79,11 +79,13 @@ class Energy:
         }
 
 
-def energy(snn: SpikingNetwork, images: Tensor, time_steps: int = 8) -> Energy:
-    """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them.
+def energy(snn: SpikingNetwork, images: Tensor, time_steps: int | None = None) -> Energy:
+    """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them, at T =
+    `time_steps` (default: those `snn` was converted for).
 
     Every spike is counted: those of hidden steps, and those that signed neurons take back, too.
     """
+    time_steps = snn.time_steps if time_steps is None else time_steps
     signed = any(neuron.signed for neuron in snn.neurons.values())
     steps = time_steps + snn.hidden_steps
     meter = _Meter(snn.layers)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from micelab.activation import clip, quantize
-from micelab.exceptions import InputError
-from micelab.graph.runner import LayerRunner
-from micelab.graph.tracing import trace
+from micelab.errors import trace_of
+from micelab.graph.runner import LayerRunner, labelled_batches
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import over_time
 
@@ -55,28 +54,28 @@ def lost_points(
     ann: nn.Module,
     snn: SpikingNetwork,
     loader: Iterable[tuple[Tensor, Tensor]],
-    time_steps: int = 8,
+    time_steps: int | None = None,
     snn_accuracy: float | None = None,
 ) -> LostPoints:
     """Why the accuracy falls from ANN to SNN: three networks in between, each with one error more than the last.
 
     The clipped network limits every activation to [0, theta]; the quantized one puts it on Q, the staircase of `time_steps`
-    steps, with the start and the bias that the method gives its neurons; the SNN adds the order of spikes, and what the
-    method does about it image by image. `snn_accuracy`: the SNN's over the same images where it is known already.
+    steps (default: those `snn` was converted for), with the start and the bias that the method gives its neurons; the SNN adds
+    the order of spikes, and what the method does about it image by image. `snn_accuracy`: the SNN's over the same images where
+    it is known already.
     """
-    runners = [LayerRunner(trace(ann)), _Substitute(snn, None), _Substitute(snn, time_steps)]
+    steps = snn.time_steps if time_steps is None else time_steps
+    runners = [LayerRunner(trace_of(ann, snn)), _Substitute(snn, None), _Substitute(snn, steps)]
     right, seen = [0] * (4 if snn_accuracy is None else 3), 0
-    for images, labels in loader:
+    for images, labels in labelled_batches(loader):
         with torch.inference_mode():
             predictions = [runner.run(images).argmax(1) for runner in runners]
         if snn_accuracy is None:
-            predictions.append(snn.simulate(images, time_steps, record=False).predictions[-1])
+            predictions.append(snn.simulate(images, steps, record=False).predictions[-1])
         right = [r + int((p == labels.to(p.device)).sum()) for r, p in zip(right, predictions, strict=True)]
         seen += len(labels)
-    if not seen:
-        raise InputError("the loader gave no images: give batches of (images, labels)")
-    ann_right, clipped, quantized, *simulated = (r / seen for r in right)
-    return LostPoints(ann_right, clipped, quantized, simulated[0] if simulated else snn_accuracy or 0.0, time_steps, seen)
+    ann_share, clipped, quantized, snn_share = [r / seen for r in right] + ([] if snn_accuracy is None else [snn_accuracy])
+    return LostPoints(ann_share, clipped, quantized, snn_share, steps, seen)
 
 
 class _Substitute(LayerRunner):

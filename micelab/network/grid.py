@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.graph.affine import WEIGHTED, call_name, is_size
+from micelab.graph.affine import POOLS, WEIGHTED, call_name, is_size
 from micelab.graph.tracing import is_activation, module_of
 from micelab.models import Normalize
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire
+from micelab.neuron.layout import over_channels
 
 EXACT = 2**24
 """fp32 holds every integer up to this one."""
 
-_SAME_UNITS = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle)
-_MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_SAME_UNITS = (nn.Identity, nn.Flatten, nn.ZeroPad2d)
 _SUMS = (operator.add, torch.add)
-_SHAPES: set[Any] = {"flatten", "reshape", "view", "permute", "transpose", "contiguous", torch.flatten, torch.reshape, torch.cat}
+_SHAPES: set[Any] = {"flatten", "reshape", "contiguous", torch.flatten, torch.reshape, torch.cat}
 
 
 def on_grid(values: Tensor, bits: int) -> Tensor:
@@ -78,7 +77,7 @@ def snap_to_grid(
 
     Raises InputError naming the layer where sums could pass 2^24 units of their grid, where a value leaves the grid (a mean over
     a number that is no power of two, batch-norm that is not folded) or where neurons are of another kind. Source: fp32 sums of
-    integers below 2^24 are exact (IEEE 754); design page, section 6.
+    integers below 2^24 are exact (IEEE 754); docs/performance.md.
     """
     for name, value in (("bits", bits), ("value_bits", value_bits)):
         if not isinstance(value, int) or not 1 <= value <= 16:
@@ -175,7 +174,7 @@ class _Bounds(fx.Interpreter):
             return self._weighted(str(n.target), module, given)
         if isinstance(module, _SAME_UNITS):
             return _Range(module(given.low), module(given.high), given.units)
-        if isinstance(module, _MEANS):
+        if isinstance(module, POOLS):
             low, high = module(given.low), module(given.high)
             share = math.prod(a / b for a, b in zip(given.low.shape[2:], low.shape[2:], strict=True))
             kernel = getattr(module, "kernel_size", None)

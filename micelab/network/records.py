@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from micelab.activation import over_channels
 from micelab.exceptions import InputError
 from micelab.machine import ran_out
+from micelab.neuron.layout import over_channels
 
 Record = Literal["counts"] | bool
 """What is kept of every layer: all that `LayerRun` tells (True), its spike counts (5 times less memory), or nothing (False)."""

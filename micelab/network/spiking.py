@@ -87,13 +87,14 @@ class SpikingNetwork(nn.Module):
     def simulate(
         self,
         images: Tensor,
-        time_steps: int = 8,
+        time_steps: int | None = None,
         record: Record = True,
         spikes: bool = False,
         chunk: int | None = None,
         precision: Precision = "fp32",
     ) -> SimulationRun:
-        """Runs `time_steps` steps on images [N, C, H, W]: logits after every step and what each layer did.
+        """Runs `time_steps` steps (default: those it was converted for) on images [N, C, H, W]: logits after every step and what
+        each layer did.
 
         `record="counts"` keeps of every layer its spike counts alone, a fifth of the memory, and False the logits only; `spikes`
         keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go through at a time, which does not change the result:
@@ -102,6 +103,7 @@ class SpikingNetwork(nn.Module):
         `precision` "events" and "bf16x3" add fp32's numbers in another order, "bf16" and "int8" are fast modes of other numbers
         (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
         """
+        time_steps = self.time_steps if time_steps is None else time_steps
         images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}: at least one image must go through at a time")

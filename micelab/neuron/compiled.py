@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from micelab.activation import over_channels
 from micelab.neuron.building import compiler, load
-from micelab.neuron.layout import in_order_of, is_dense, steps_like
+from micelab.neuron.layout import in_order_of, is_dense, over_channels, steps_like
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from micelab.activation import over_channels
 from micelab.exceptions import InputError
+from micelab.neuron.layout import over_channels
 
 FUSED = {"cuda": "micelab.neuron.triton_kernel", "cpu": "micelab.neuron.compiled"}
 """By type of device, the module whose `fire` does all steps in one pass where it can, and gives None where it cannot."""
@@ -179,7 +179,7 @@ class IntegrateFire(nn.Module):
     def respond(self, current: Tensor, out: Tensor, time_steps: int, count: bool = True) -> Firing:
         """Writes theta*s(t) of every step into `out` (it may be `current` itself), for currents as `drive` gives them.
 
-        The last `time_steps` of the steps after `before` count; with `count` off, the counts given back mean nothing.
+        The first `time_steps` steps after those `before` count; with `count` off, the counts given back mean nothing.
         """
         sent, residual = fire(current, self.theta, self.v0, self.signed, out, amplitude=True, count=count)
         return Firing(sent, residual, self.v0)

@@ -1,9 +1,11 @@
-"""The order in which a tensor lies in memory, which the fused neurons keep."""
+"""How tensors lie: the order in memory, which the fused neurons keep, and values for each channel beside them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from micelab.exceptions import InputError
 
 
 def is_dense(step: Tensor) -> bool:
@@ -34,3 +36,26 @@ def in_order_of(like: Tensor, values: Tensor) -> Tensor:
     if values.stride(0) == 0 and len(values) > 1:  # the same at every step: one copy
         return torch.empty_like(like[0], dtype=values.dtype).copy_(values[0]).expand_as(values)
     return torch.empty_like(like, dtype=values.dtype).copy_(values)
+
+
+def over_channels(value: Tensor | float, like: Tensor, channel_dim: int = 1) -> Tensor:
+    """`value` shaped to broadcast over `like`: a scalar stays a scalar, [C] lies along `channel_dim`.
+
+    A value for each neuron of each image, [N, C, ...] as in `like`, stays as it is.
+
+    >>> over_channels(torch.tensor([1.0, 2.0]), torch.zeros(5, 2, 4, 4)).shape
+    torch.Size([2, 1, 1])
+
+    Raises InputError where a vector's length is not the number of channels.
+    """
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)  # made where it is needed, not copied there
+    value = value.to(like)
+    if value.dim() == 0 or (value.dim() > 1 and value.shape == like.shape[channel_dim - 1 :]):
+        return value
+    if value.dim() != 1 or like.dim() <= channel_dim or value.shape[0] != like.shape[channel_dim]:
+        raise InputError(
+            f"a per-channel value of shape {tuple(value.shape)} does not fit a tensor of shape {tuple(like.shape)} "
+            f"with channels in dimension {channel_dim}: give a scalar or one value per channel"
+        )
+    return value.reshape(-1, *[1] * (like.dim() - channel_dim - 1))

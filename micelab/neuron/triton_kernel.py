@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from micelab.activation import over_channels
 from micelab.exceptions import InputError
-from micelab.neuron.layout import in_order_of, is_dense
+from micelab.neuron.layout import in_order_of, is_dense, over_channels
 
 try:
     import triton

@@ -3,14 +3,13 @@
 Each holds its state in one object, `panel.state`; callbacks read nothing else, so any order of clicks is fine.
 """
 
+from micelab.panels.checkup import CheckupPanel
 from micelab.panels.image import ImagePanel
 from micelab.panels.layers import DepthPanel, ThresholdPanel
 from micelab.panels.methods import MethodPanel
 from micelab.panels.one_neuron import NeuronPanel, OrderPanel, StaircasePanel
-from micelab.panels.over_time import TimePanel
 from micelab.panels.panel import Panel
 from micelab.panels.remedies import RemedyPanel
-from micelab.panels.report import CheckupPanel
 
 __all__ = [
     "CheckupPanel",
@@ -23,5 +22,4 @@ __all__ = [
     "RemedyPanel",
     "StaircasePanel",
     "ThresholdPanel",
-    "TimePanel",
 ]

@@ -44,7 +44,7 @@ class ThresholdPanel(Panel):
         self.sampled = f" (of {len(picked):,} inputs)" if len(picked) < len(z) else ""
         self.thetas = torch.linspace(top / self.CANDIDATES, top, self.CANDIDATES, dtype=torch.float64)
         self.errors: dict[int, ThresholdErrors] = {t: threshold_errors(self.z, self.thetas, t) for t in time_steps}
-        places = [round(value, 2) for value in self.thetas.tolist()]
+        places = [float(f"{value:.3g}") for value in self.thetas.tolist()]
         self._theta_at = dict(zip(places, self.thetas.tolist(), strict=True))
         chosen = min(places, key=lambda place: abs(place - (top if theta is None else theta)))
         self.state = Threshold(self._theta_at[chosen], start if start in self.errors else next(iter(self.errors)))
@@ -120,9 +120,9 @@ class DepthPanel(Panel):
 
     def sentence(self) -> str:
         table = self.tables[self.state.time_steps]
-        first, *_, last = relative_errors(table)["timing"]
+        timing = relative_errors(table)["timing"]
         total = list(table.layers.values())[-1].relative
         return (
-            f"T = {table.time_steps}: timing error ≈ {100 * first:.0f} % of the signal in the first spiking layer, "
-            f"≈ {100 * last:.0f} % in the last; total there ≈ {100 * total:.0f} %."
+            f"T = {table.time_steps}: timing error ≈ {100 * timing[0]:.0f} % of the signal in the first spiking layer, "
+            f"≈ {100 * timing[-1]:.0f} % in the last; total there ≈ {100 * total:.0f} %."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -90,8 +91,7 @@ class Comparison:
     def best(self) -> MethodResult:
         """The method that is most accurate in as many true steps as the T of the error tables (or the measured T next to it)."""
         rows = list(self.results.values())
-        nearest = min(rows[0].curve.time_steps, key=lambda t: abs(t - self.time_steps))
-        return max(rows, key=lambda row: (row.curve.within(nearest) or 0.0, row.curve.at(nearest)))
+        return rows[_best_of([row.curve for row in rows], self.time_steps)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and names, with its circumstances."""
@@ -160,6 +160,13 @@ def compare(
     return Comparison(data.name, split, len(chosen), len(images), explain_at, results, before)
 
 
+def _best_of(curves: Sequence[AccuracyCurve], time_steps: int) -> int:
+    """The number of the most accurate curve in as many true steps as `time_steps`, or as the measured T next to it."""
+    nearest = min(curves[0].time_steps, key=lambda t: abs(t - time_steps))
+    reached = [(curve.within(nearest) or 0.0, curve.at(nearest) if nearest in curve.time_steps else 0.0) for curve in curves]
+    return reached.index(max(reached))
+
+
 def _check_classes(row: str, network: nn.Module, data: ImageData) -> None:
     if (found := classes_told(network, data)) != len(data.classes):
         raise InputError(
@@ -206,6 +213,8 @@ def rows(networks: Sequence[Any]) -> dict[str, nn.Module]:
         members = alike[cast(Any, first).spec["activation"]]
         for member in members:
             level = f"{'T' if member.spec['activation'] == 'spike_clip' else 'L'}={member.spec['levels']}"
+            if sum(other.spec["levels"] == member.spec["levels"] for other in members) > 1:
+                level += f" {describe(member.spec).split(',')[0]}"
             row = name if len(members) == 1 else f"{name} {level}"
             if row in found:
                 raise InputError(f"two of the networks are {describe(member.spec)}: evaluate them one after the other")
@@ -242,14 +251,15 @@ def drawable(stored: Mapping[str, Any]) -> tuple[list[AccuracyCurve], ErrorTable
     for name, row in zip(names, rows, strict=True):
         words = {key: value for key, value in row["curve"].items() if key != "true_steps"} | {"method": name}
         curves.append(AccuracyCurve(**words | {key: tuple(words[key]) for key in ("time_steps", "accuracy")}))
-    best = max(range(len(rows)), key=lambda number: curves[number].within(stored["errors_at_time_steps"]) or 0.0)
+    best = _best_of(curves, stored["errors_at_time_steps"])
     errors = replace(ErrorTable.from_dict(rows[best]["errors"]), method=names[best])
     return _each_at_its_own(curves), errors, max(row["ann_accuracy"] for row in rows)
 
 
 def _each_at_its_own(curves: Sequence[AccuracyCurve]) -> list[AccuracyCurve]:
     """The curves, of which three and more "mice T=..." become one, of every network at the T that it was trained for."""
-    joint = {int(curve.method.split("=")[1]): curve for curve in curves if curve.method.startswith("mice T=")}
+    made = [(re.fullmatch(r"mice T=(\d+)", curve.method), curve) for curve in curves]
+    joint = {int(found[1]): curve for found, curve in made if found}
     own = {t: curve.at(t) for t, curve in sorted(joint.items()) if t in curve.time_steps}
     if len(own) < 3:
         return list(curves)

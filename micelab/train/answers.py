@@ -12,12 +12,15 @@ from micelab.exceptions import InputError, first_line
 
 
 def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:
-    """Share of `split` that `model` (eval mode, fp32) classifies rightly, in [0, 1]."""
-    was = model.training
+    """Share of `split` that `model` (in eval mode for it, fp32) classifies rightly, in [0, 1]. Raises InputError if empty."""
+    if not len(split):
+        raise InputError("there are no images to measure an accuracy on: give at least one")
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.inference_mode():
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
-    model.train(was)
+    for module, training in modes.items():
+        module.training = training
     return right / len(split)
 
 

@@ -37,23 +37,23 @@ class Recipe:
     storage: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name, good in self.ranges().items():
+        for name, (good, wanted) in self.ranges().items():
             if not good:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range")
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range: give {wanted}")
 
-    def ranges(self) -> dict[str, bool]:
-        """Whether each option lies in its range."""
+    def ranges(self) -> dict[str, tuple[bool, str]]:
+        """Of each option: whether it lies in its range, and that range in words."""
         return {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "theta_lr": 0 <= self.theta_lr < math.inf,
-            "warmup_epochs": 0 <= self.warmup_epochs < math.inf,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
-            "seed": self.seed >= 0,
-            "precision": self.precision in ("bf16", "fp32"),
-            "storage": self.storage in ("fp32", "fp16"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "a number above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "theta_lr": (0 <= self.theta_lr < math.inf, "at least 0"),
+            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0, less than 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+            "precision": (self.precision in ("bf16", "fp32"), "bf16 or fp32"),
+            "storage": (self.storage in ("fp32", "fp16"), "fp32 or fp16"),
         }
 
 
@@ -70,8 +70,8 @@ class TrainConfig(Recipe):
     momentum: float = 0.9
     compile: bool = False
 
-    def ranges(self) -> dict[str, bool]:
-        return super().ranges() | {"momentum": 0 <= self.momentum < 1}
+    def ranges(self) -> dict[str, tuple[bool, str]]:
+        return super().ranges() | {"momentum": (0 <= self.momentum < 1, "at least 0, less than 1")}
 
     def build(self, data: ImageData) -> models.ImageNetwork:
         """The network to train, fitted to the data: weights drawn from `seed`, or those of the checkpoint `start`."""
@@ -107,14 +107,14 @@ class JointConfig(Recipe):
     max_norm: float = 1.0
     gradient: Literal["rates", "time"] = "rates"
 
-    def ranges(self) -> dict[str, bool]:
+    def ranges(self) -> dict[str, tuple[bool, str]]:
         steps = self.time_steps
         return super().ranges() | {
-            "time_steps": bool(steps) and all(isinstance(t, int) and 1 <= t <= 256 for t in steps),
-            "distill": 0 <= self.distill < math.inf,
-            "penalty": 0 <= self.penalty < math.inf,
-            "max_norm": 0 < self.max_norm < math.inf,
-            "gradient": self.gradient in ("rates", "time"),
+            "time_steps": (bool(steps) and all(isinstance(t, int) and 1 <= t <= 256 for t in steps), "integers from 1 to 256"),
+            "distill": (0 <= self.distill < math.inf, "at least 0"),
+            "penalty": (0 <= self.penalty < math.inf, "at least 0"),
+            "max_norm": (0 < self.max_norm < math.inf, "a number above 0"),
+            "gradient": (self.gradient in ("rates", "time"), "rates or time"),
         }
 
     def __post_init__(self) -> None:

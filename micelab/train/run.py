@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +54,7 @@ def train(
     epoch). `resume=True` goes on from there; it refuses other options than the run was started with. Raises
     TrainingError where the loss is no longer finite (the last state is kept) and KeyboardInterrupt when stopped.
     """
-    return carry_out(Run, config, out, data, resume, progress, folder, command)
+    return carry_out(Run, config, out, data, resume, progress, folder, command or f"micelab.train.train({config}, {str(out)!r})")
 
 
 def carry_out(
@@ -66,7 +65,7 @@ def carry_out(
     resume: bool,
     progress: bool,
     folder: str | Path | None,
-    command: str | None,
+    command: str,
 ) -> Any:
     """Makes a run of that kind, begins or resumes it, brings it to its end and saves the network with its card."""
     from accelerate import Accelerator
@@ -84,8 +83,7 @@ def carry_out(
             run.one_epoch(progress and accelerator.is_main_process, stopped)
     if accelerator.is_main_process and getattr(run.model, "spec", None):
         run.round_weights()
-        words = run.card(command or " ".join(["micelab", *sys.argv[1:]]))
-        checkpoint.save(run.model, out / "model", words, STORAGE[config.storage])
+        checkpoint.save(run.model, out / "model", run.card(command), STORAGE[config.storage])
     accelerator.wait_for_everyone()
     return run.model.eval()
 
