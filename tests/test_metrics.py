@@ -56,7 +56,7 @@ def test_steps_that_a_method_hides_are_counted(monkeypatch):
 @pytest.mark.parametrize("steps", [(), (0, 4), (-1,)])
 def test_an_accuracy_curve_wants_steps_of_at_least_one(steps):
     ann = network()
-    with pytest.raises(InputError, match="give numbers of at least 1"):
+    with pytest.raises(InputError, match="give integers of at least 1"):
         accuracy_curve(convert(ann, "max", IMAGES), loader(ann), steps)
 
 
