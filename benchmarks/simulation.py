@@ -37,9 +37,9 @@ from micelab.checkpoint import write_json
 from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
-from micelab.network.int8 import has_int8
 from micelab.network.memory import in_chunks
 from micelab.network.spike_convolutions import WAYS
+from micelab.network.spiking import PRECISIONS, is_here
 
 Way = Callable[[Tensor, int], Any]
 STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)
@@ -104,10 +104,7 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; for how many of them, as a
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
-    ways: dict[str, Any] = {"fp32": (snn, "fp32")}
-    ways |= {name: (snn, name) for name, way in WAYS.items() if way.is_here(str(device))}
-    ways |= {"bf16": (snn, "bf16")} if has_bf16(str(device)) else {}
-    ways |= {"int8": (snn, "int8")} if has_int8(str(device)) else {}
+    ways: dict[str, Any] = {mode: (snn, mode) for mode in PRECISIONS if is_here(mode, device)}
     snapped, bits = on_a_grid(snn, time_steps)
     ways["grid"] = (snapped, "fp32")
     answers: dict[str, list[Tensor]] = {name: [] for name in ways}
@@ -162,9 +159,8 @@ def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict
     """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
     found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
     found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
-    device = str(next(snn.layers.parameters()).device)
-    has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": has_int8}
-    for mode in (mode for mode, is_here in has.items() if is_here(device)):
+    device = next(snn.layers.parameters()).device
+    for mode in (mode for mode in PRECISIONS[1:] if is_here(mode, device)):  # beside fp32
         found[f"micelab, {mode}"] = lambda x, t, mode=mode: snn.simulate(x, t, record=False, precision=mode).logits[-1]
     kinds = {"": None} | ({"bf16 ": torch.bfloat16} if "micelab, bf16" in found else {})
     for label, kind in kinds.items():

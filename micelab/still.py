@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape, unescape
 from math import ceil
 from typing import Any
@@ -115,8 +115,10 @@ def _room(figure: Any, wide: float, tall: float) -> tuple[float, float, float, f
     names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
     aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if x and isinstance(x[0], str))
     left = 0.0098 * (figure.layout.margin.l or 70) / wide
-    below, above = 1.2 if aslant else 0.76, 0.89 if _has_legend(figure) else 0.58
-    return left, 0.97, below / tall, 1 - above / tall
+    named = {_plain(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False}
+    lines = ceil(len(named) / _columns(named, wide)) if _has_legend(figure) else 0
+    above = 0.58 if not lines else 0.89 + 0.17 * max(0, lines - 2)  # inches
+    return left, 0.97, (1.2 if aslant else 0.76) / tall, 1 - above / tall
 
 
 def _has_legend(figure: Any) -> bool:
@@ -127,14 +129,18 @@ def _axis_name(short: str) -> str:
     return f"{short[0]}axis{short[1:]}"
 
 
+def _columns(texts: Collection[str], wide: float) -> int:
+    """How many entries of a legend stand beside each other in so many inches."""
+    return min(len(texts), max(1, int(wide * 16 / (max(map(len, texts)) + 5))))
+
+
 def _legend(part: Any, axes: dict[tuple[str, str], Any], wide: float, tall: float, order: Sequence[str]) -> None:
     found = [pair for ax in axes.values() for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     found.sort(key=lambda pair: order.index(pair[1]) if pair[1] in order else 0)
     if len(found) > 1:
         handles, texts = zip(*found, strict=True)
-        room = max(1, int(wide * 16 / (max(map(len, texts)) + 5)))
         place = {"loc": "upper left", "bbox_to_anchor": (0.02, 1 - 0.33 / tall)}
-        part.legend(handles, texts, frameon=False, fontsize=8, ncols=min(room, len(texts)), **place)
+        part.legend(handles, texts, frameon=False, fontsize=8, ncols=_columns(texts, wide), **place)
 
 
 def _scatter(ax: Any, trace: Any) -> None:

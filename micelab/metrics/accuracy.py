@@ -71,10 +71,10 @@ def accuracy_curve(
     a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
     "bf16" are those of `SpikingNetwork.simulate`.
     """
-    given = time_steps if isinstance(time_steps, Iterable) else (time_steps,)
+    given = tuple(time_steps) if isinstance(time_steps, Iterable) else (time_steps,)
+    if not given or not all(isinstance(t, int) and t >= 1 for t in given):
+        raise InputError(f"time_steps is {given}: give integers of at least 1, as in (1, 2, 4, 8)")
     wanted = tuple(sorted(set(given)))
-    if not wanted or not all(isinstance(t, int) and t >= 1 for t in wanted):
-        raise InputError(f"time_steps is {wanted}: give integers of at least 1, as in (1, 2, 4, 8)")
     right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
     for images, labels in labelled_batches(loader):
         if snn.turns == 1:

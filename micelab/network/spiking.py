@@ -49,6 +49,12 @@ _LACKING = {
 }
 
 
+def is_here(precision: Precision, device: torch.device | str) -> bool:
+    """Whether a simulation on this device can run in that precision."""
+    has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": int8.has_int8}
+    return precision == "fp32" or has[precision](str(device))
+
+
 class SpikingNetwork(nn.Module):
     """A converted network: `simulate` runs T steps and keeps what every layer did, calling it gives the last mean logits.
 
@@ -205,11 +211,9 @@ class SpikingNetwork(nn.Module):
             raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
         if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
-        device = str(device)
-        has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": int8.has_int8}
-        if precision == "fp32" or has[precision](device):
+        if is_here(precision, device):
             return precision
-        say_lacking(device, _LACKING[precision])
+        say_lacking(str(device), _LACKING[precision])
         return "fp32"
 
     def _simulate(self, images: Tensor, time_steps: int, record: Record, spikes: bool, precision: str = "fp32") -> SimulationRun:
