@@ -103,6 +103,9 @@ class TrainableClip(nn.Module):
     """y = clip(z, 0, theta) with theta trained (TCL, Ho & Chang, DAC 2021).
 
     theta: start of the bound, > 0; channels: one theta for each of so many channels, None for one per layer.
+
+    >>> TrainableClip(theta=2.0)(torch.tensor([-1.0, 0.5, 3.0])).tolist()
+    [0.0, 0.5, 2.0]
     """
 
     levels: Any = None

@@ -63,6 +63,12 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
     """Writes a network built by micelab (its `spec` goes along) and, beside it, its card as JSON; gives back the path.
 
     `card`: recipe, seed, epochs, machine, accuracies, command; `dtype`: torch.float16 halves the file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(models.small_cnn(), Path(folder) / "mine", {"seed": 0})
+    ...     print(path.name, load(path).card)
+    mine.safetensors {'seed': 0}
     """
     spec = getattr(model, "spec", None)
     if not spec or not spec.get("ann", True):
@@ -82,6 +88,10 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
     """The network of a checkpoint, in eval mode, by name ("resnet20a-cifar10-relu") or path; its card is `.card`.
 
     Names are looked for in `folder`, then $MICELAB_DATA/checkpoints, data/checkpoints, and the repository's own.
+
+    >>> net = load("resnet20a-cifar10-mice-t4")
+    >>> net(torch.zeros(1, 3, 32, 32)).shape, net.card["dataset"]
+    (torch.Size([1, 10]), 'cifar10')
     """
     path = find(name, folder)
     tensors, words = read_tensors(path)

@@ -81,7 +81,8 @@ def data_folder(folder: str | Path | None = None) -> Path:
 
 
 def load_data(name: str = "digits", folder: str | Path | None = None, download: bool = True, image_size: int = 32) -> ImageData:
-    """The data set "digits", "cifar10", "cifar100", or a folder of images (one sub-folder a class; its path as `name`).
+    """The data set "digits", "cifar10", "cifar100", or a folder of images (one sub-folder a class; its path as `name`, "./digits"
+    where it is called as one of the three).
 
     `folder`: where CIFAR lies or is downloaded to (`data_folder`); `download=False` never uses the network;
     `image_size`: side to which a folder's images are scaled. Raises DataError with the remedy where it cannot be had.

@@ -2,7 +2,15 @@
 
 
 class MicelabError(Exception):
-    """Base of every error that micelab raises on purpose; the command line prints its text and exits with 2."""
+    """Base of every error that micelab raises on purpose; the command line prints its text and exits with 2.
+
+    >>> import micelab
+    >>> try:
+    ...     micelab.convert(micelab.small_cnn(activation="quant_clip"), method="mise")
+    ... except micelab.MicelabError as error:
+    ...     print(str(error).split(":")[0])
+    method 'mise' is unknown
+    """
 
 
 class InputError(MicelabError, ValueError):

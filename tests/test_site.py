@@ -1,7 +1,9 @@
 """The course outside a kernel: links, the reference, the teacher's page, Binder, Colab; the site itself where Sphinx is there."""
 
 import ast
+import doctest
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
@@ -66,6 +68,23 @@ def test_the_reference_describes_every_module_once():
     inside = {name for name in modules if name.split(".")[0] in packages and "." in name}  # the package names them
     assert len(named) == len(set(named))
     assert set(named) - inside == modules - inside - NOT_IN_THE_REFERENCE
+
+
+def test_every_public_name_has_an_example_that_the_doctests_run():
+    found = pkgutil.walk_packages(micelab.__path__, "micelab.")
+    modules = [micelab, *(importlib.import_module(module.name) for module in found if not module.name.endswith("__main__"))]
+    examples = {test.name for module in modules for test in doctest.DocTestFinder().find(module) if test.examples}
+    public = {
+        f"{thing.__module__}.{name}"
+        for module in modules
+        if module is not micelab.cli
+        for name, thing in inspect.getmembers(
+            module, lambda thing: inspect.isroutine(inspect.unwrap(thing)) or inspect.isclass(thing)
+        )
+        if name in getattr(module, "__all__", ())
+    }
+    assert len(public) > 60
+    assert not public - examples
 
 
 @pytest.mark.parametrize("name", ["teaching.md", "index.md"])

@@ -31,6 +31,10 @@ class Exercise:
 
     cases: the arguments of each call; slips: wrong functions that people write, each under the sentence that names the slip;
     asks_value: the reader hands in the value itself (a list, a number), and `judge` says what is wrong with it, or "".
+
+    >>> one = Exercise("00-double", lambda x: 2 * x, "Add it to itself.", "Doubled.", cases=[(1,), (3,)])
+    >>> one.answer(3)
+    6
     """
 
     name: str
@@ -57,7 +61,14 @@ EXERCISES: dict[str, Exercise] = {}
 
 
 def exercise(name: str, **parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers the function below it as the answer of exercise `name`; the rest as in `Exercise`."""
+    """Decorator: registers the function below it as the answer of exercise `name`; the rest as in `Exercise`.
+
+    >>> @exercise("99-double", hint="Add it to itself.", praise="Doubled.", cases=[(1,), (3,)])
+    ... def double(x):
+    ...     return 2 * x
+    >>> EXERCISES.pop("99-double").answer(3)  # and away again
+    6
+    """
 
     def registered(answer: Callable[..., Any]) -> Callable[..., Any]:
         if name in EXERCISES:
@@ -70,7 +81,11 @@ def exercise(name: str, **parts: Any) -> Callable[[Callable[..., Any]], Callable
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker says; true where the work is right. In a notebook the answer is folded below it."""
+    """What the checker says; true where the work is right. In a notebook the answer is folded below it.
+
+    >>> bool(Verdict(False, "Not yet: of 3 it makes 9.", "Add it to itself.", "return 2 * x"))
+    False
+    """
 
     passed: bool
     message: str

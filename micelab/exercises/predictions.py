@@ -15,6 +15,10 @@ class Prediction:
     """A question with its options: buttons where a kernel runs, a question with a folded answer where none does.
 
     `committed` is the option chosen, None before; a choice stands, since what counts is the first thought.
+
+    >>> asked = Prediction("What is 1 + 1?", ("1", "2"), right=1, because="Count.")
+    >>> asked.committed is None
+    True
     """
 
     def __init__(self, question: str, options: Sequence[str], right: int, because: str):

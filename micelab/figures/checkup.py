@@ -19,7 +19,12 @@ NAMED = 26
 
 @Drawing
 def checkup_map(findings: Sequence[Finding], chosen: int | None = None, title: str | None = None) -> Spec:
-    """One mark for each layer, from input to output, in the row of its verdict; the layer `chosen` is ringed."""
+    """One mark for each layer, from input to output, in the row of its verdict; the layer `chosen` is ringed.
+
+    >>> import micelab
+    >>> checkup_map(micelab.checkup(micelab.small_cnn()).findings).layout.meta["alt"]
+    '17 layers: 4 spikes, 9 stays, 4 folds away, 0 refused.'
+    """
     if not findings:
         raise InputError("the report holds no layers: nothing to show")
     data: list[Spec] = []

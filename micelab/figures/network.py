@@ -14,7 +14,12 @@ from micelab.figures.style import CHOSEN, NEUTRAL, SPIKE, Drawing, Spec, look
 
 @Drawing
 def spike_map(spikes: Tensor, layer: str, step: int, title: str | None = None) -> Spec:
-    """Which neurons of a layer fire at one step: spikes [C, H, W] or [C] of 0 and 1, each channel a tile of its own."""
+    """Which neurons of a layer fire at one step: spikes [C, H, W] or [C] of 0 and 1, each channel a tile of its own.
+
+    >>> import torch
+    >>> spike_map(torch.eye(4)[None], "conv1", step=2).layout.title.text
+    'conv1, step 2: 4 of 16 neurons fire'
+    """
     if spikes.dim() not in (1, 3):
         raise InputError(f"spikes have shape {tuple(spikes.shape)}: one step of one image is [C, H, W] or [C]")
     tiles = spikes.reshape(-1, 1, 1) if spikes.dim() == 1 else spikes
@@ -31,7 +36,11 @@ def spike_map(spikes: Tensor, layer: str, step: int, title: str | None = None) -
 
 @Drawing
 def running_answer(probabilities: Sequence[float], classes: Sequence[str], step: int, title: str | None = None) -> Spec:
-    """What the network would answer if it stopped after this step: a probability for each class, the largest marked."""
+    """What the network would answer if it stopped after this step: a probability for each class, the largest marked.
+
+    >>> running_answer([0.2, 0.8], ["cat", "dog"], step=3).layout.title.text
+    'Answer after step 3: dog'
+    """
     best = max(range(len(probabilities)), key=lambda k: probabilities[k])
     colours = [CHOSEN if k == best else NEUTRAL for k in range(len(probabilities))]
     bar = {"type": "bar", "x": list(classes), "y": [100 * p for p in probabilities], "marker": {"color": colours}}

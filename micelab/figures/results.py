@@ -37,6 +37,10 @@ def accuracy_over_time(
 
     ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure;
     of several networks ("mice T=4", "mice T=8") each is darker than the last and has another symbol.
+
+    >>> figure = accuracy_over_time([AccuracyCurve((1, 2), (0.6, 0.8), 100, "qcfs")], ann_accuracy=0.9)
+    >>> [line.name for line in figure.data]
+    ['qcfs', 'ANN 90.0 %']
     """
     if not curves:
         raise InputError("there is no accuracy curve to show: give at least one")
@@ -87,6 +91,12 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
 
     The terms have signs and are correlated, so their sizes do not add up to the total's: they stand beside each other.
     Hatched clipping is the ANN's own, trained in, and costs it nothing.
+
+    >>> import micelab, torch
+    >>> ann = micelab.small_cnn(activation="quant_clip")
+    >>> table = micelab.error_breakdown(ann, micelab.convert(ann, "qcfs"), torch.rand(4, 1, 8, 8), time_steps=4)
+    >>> [bars.name for bars in error_bars(table).data]
+    ['timing', 'quantization', 'clipping', 'inherited', 'total']
     """
     if not table.layers:
         raise InputError("the error table holds no layers: nothing to show")
@@ -132,7 +142,15 @@ def _of_kind(kind: str, hatches: list[str]) -> dict[str, Any]:
 def error_over_depth(
     tables: Mapping[int, ErrorTable], time_steps: int, kind: str = "timing", title: str | None = None
 ) -> go.Figure:
-    """One error term of every layer (rms in % of its signal), a line for each T; the one of `time_steps` is drawn strong."""
+    """One error term of every layer (rms in % of its signal), a line for each T; the one of `time_steps` is drawn strong.
+
+    >>> import micelab, torch
+    >>> ann, images = micelab.small_cnn(activation="quant_clip"), torch.rand(4, 1, 8, 8)
+    >>> snn = micelab.convert(ann, "qcfs")
+    >>> tables = {T: micelab.error_breakdown(ann, snn, images, T) for T in (2, 4)}
+    >>> [line.name for line in error_over_depth(tables, 4).data]
+    ['T = 2', 'T = 4']
+    """
     if time_steps not in tables or kind not in COLOURS:
         raise InputError(
             f"T = {time_steps} or {kind!r} is not there: T is one of {sorted(tables)}, the kind of {', '.join(KINDS)}"
@@ -162,6 +180,12 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
     """The same layers' errors of two networks, one above the other on one scale: what a training took away, and where.
 
     names: what the two are called, "qcfs" and "mice", say. Raises InputError where the layers are not the same.
+
+    >>> import micelab, torch
+    >>> ann, images = micelab.small_cnn(activation="quant_clip"), torch.rand(4, 1, 8, 8)
+    >>> tables = [micelab.error_breakdown(ann, micelab.convert(ann, name), images, 4) for name in ("qcfs", "tcl")]
+    >>> before_and_after(*tables, ("v0 = 1/2", "v0 = 0")).layout.annotations[0].text
+    'v0 = 1/2, T = 4'
     """
     if list(before.layers) != list(after.layers):
         raise InputError("the two tables are of different layers: compare networks of one shape")
@@ -211,6 +235,10 @@ def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Fi
     """From the ANN's accuracy to the SNN's: the points lost to clipping, quantization and timing, as hanging bars.
 
     The axis need not start at zero, since the bars are differences and the two accuracies are marks.
+
+    >>> figure = lost_points_waterfall(LostPoints(0.9, 0.875, 0.75, 0.5, time_steps=2, images=1000))
+    >>> [bar.text[0] for bar in figure.data if bar.type == "bar"]
+    ['-2.5', '-12.5', '-25.0']
     """
     levels = [100 * value for value in (points.ann, points.clipped, points.quantized, points.snn)]
     figure, places = go.Figure(), ["ANN", *_LOST, "SNN"]
@@ -251,7 +279,11 @@ def _accuracy_mark(figure: go.Figure, name: str, level: float) -> None:
 
 
 def spike_rates(energy: Energy, title: str | None = None) -> go.Figure:
-    """Spikes per neuron and time-step, layer by layer."""
+    """Spikes per neuron and time-step, layer by layer.
+
+    >>> spike_rates(Energy(4, 1e6, 1e5, 5e5, 200.0, {"conv1": 0.1, "conv2": 0.05})).data[0].y
+    (0.1, 0.05)
+    """
     if not energy.spike_rates:
         raise InputError("there are no spike rates to show: the network holds no spiking layer")
     names, rates = labels(energy.spike_rates), list(energy.spike_rates.values())
@@ -264,7 +296,12 @@ def spike_rates(energy: Energy, title: str | None = None) -> go.Figure:
 
 
 def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
-    """A row of small pictures [N, C, H, W] in [0, 1], C = 1 or 3, each with its caption."""
+    """A row of small pictures [N, C, H, W] in [0, 1], C = 1 or 3, each with its caption.
+
+    >>> import torch
+    >>> images_strip(torch.rand(2, 1, 8, 8), ["a three", "a five"]).layout.annotations[1].text
+    'a five'
+    """
     if len(images) != len(captions) or not captions:
         raise InputError(f"{len(images)} images have {len(captions)} captions: give one for each, and at least one")
     titles = [escape(caption, quote=False) for caption in captions]

@@ -55,6 +55,10 @@ def trace(model: nn.Module, fold: bool = True) -> fx.GraphModule:
     A second call of one nn.ReLU becomes `name_1`, a call of F.relu `block.relu`. With `fold`, batch-norm is folded into the
     convolution or linear layer before it. Raises ConversionError, naming the layer, where a part has no spiking
     counterpart; the caller's model is not changed.
+
+    >>> from micelab import small_cnn
+    >>> list(activations(trace(small_cnn()))), list(activations(trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))))
+    (['stem.2', 'blocks.0.2', 'blocks.1.2', 'blocks.2.2'], ['1'])
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"a {type(model).__name__} was given where a network (torch.nn.Module) is needed")
@@ -74,6 +78,11 @@ def read(model: nn.Module) -> fx.GraphModule:
     """`model` as a graph of its own layers: they are shared, so what trains the one trains the other.
 
     Dropout is left out, calls that write into their input do so no more. Raises ConversionError as `trace` does.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU())
+    >>> traced = read(model)
+    >>> traced.get_submodule("0") is model[0], [str(node.target) for node in traced.graph.nodes]
+    (True, ['input', '0', '2', 'output'])
     """
     check_numbers(model)
     traced = as_graph(model)
@@ -108,7 +117,11 @@ def make_plain(traced: fx.GraphModule, refuse: Refuse = stop) -> None:
 
 
 def activations(traced: fx.GraphModule) -> dict[str, nn.Module]:
-    """The activations by name, from input to output."""
+    """The activations by name, from input to output.
+
+    >>> activations(trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+    {'1': ReLU()}
+    """
     nodes = [node for node in traced.graph.nodes if is_activation(traced, node)]
     return {str(node.target): traced.get_submodule(str(node.target)) for node in nodes}
 
@@ -126,7 +139,12 @@ _NEURONS = (*ACTIVATIONS, IntegrateFire)
 
 
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is an activation of the ANN or, after conversion, a layer of neurons."""
+    """Whether the node is an activation of the ANN or, after conversion, a layer of neurons.
+
+    >>> traced = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    >>> [str(node.target) for node in traced.graph.nodes if is_activation(traced, node)]
+    ['1']
+    """
     return node.op == "call_module" and isinstance(module_of(traced, str(node.target)), _NEURONS)
 
 
@@ -138,7 +156,13 @@ def module_of(traced: nn.Module, name: str) -> Any:
 
 
 def replace_activations(traced: fx.GraphModule, make: Callable[[str, nn.Module], nn.Module]) -> fx.GraphModule:
-    """The same graph, in place, with every activation replaced by `make(name, activation)`."""
+    """The same graph, in place, with every activation replaced by `make(name, activation)`.
+
+    >>> from micelab import TrainableClip
+    >>> traced = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    >>> activations(replace_activations(traced, lambda name, relu: TrainableClip(theta=2.0)))
+    {'1': TrainableClip(theta=2)}
+    """
     for name, module in activations(traced).items():
         traced.add_submodule(name, make(name, module))
     return traced

@@ -74,6 +74,14 @@ def train(
 
     `model`: any convertible network with trained bounds; it is not changed. Folder, resuming and errors as in
     `micelab.train.train`. Convert what comes back with method="mice".
+
+    >>> import tempfile
+    >>> import micelab
+    >>> start, recipe = micelab.small_cnn(activation="quant_clip"), micelab.joint.ThroughTimeConfig(time_steps=(2,), epochs=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     net = train(recipe, folder, model=start, progress=False)
+    >>> micelab.convert(net, "mice", time_steps=2).method
+    'mice'
     """
 
     def kind(*args: Any) -> Run:

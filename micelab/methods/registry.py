@@ -25,6 +25,10 @@ class Observation:
 
     `samples` [C, M] of its input z (a fixed, even choice where there were more), `highest` [C] over all; `time_steps`,
     `percentile`, `v0`: what the user asked for.
+
+    >>> seen = Observation("relu", nn.ReLU(), torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([2.0]), 4, 99.9, 0.5)
+    >>> highest(seen)
+    tensor([2.])
     """
 
     layer: str
@@ -45,6 +49,12 @@ class Method:
     `hidden_steps`: steps spent beyond T, counted in every table; `calibrate`: called with (spiking network, images, the ANN's
     mean activations by layer [C], T) once thresholds are set; `each_step`: what it finds serves every number of steps up to
     T, so tables convert for their largest.
+
+    >>> import micelab
+    >>> half = Method("half-of-highest", "an example", theta=lambda seen: highest(seen) / 2, v0=0.5)
+    >>> snn = micelab.convert(micelab.small_cnn(), register(half).name, torch.rand(8, 1, 8, 8), time_steps=4)
+    >>> snn.method, METHODS.pop(half.name) is half  # and away again
+    ('half-of-highest', True)
     """
 
     name: str
@@ -69,7 +79,14 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Adds a method under its name; raises InputError where the name is taken."""
+    """Adds a method under its name; raises InputError where the name is taken.
+
+    >>> try:
+    ...     register(get("qcfs"))
+    ... except InputError as error:
+    ...     print(error)
+    a method named 'qcfs' is registered already: choose another name
+    """
     if method.name in METHODS:
         raise InputError(f"a method named {method.name!r} is registered already: choose another name")
     METHODS[method.name] = method
@@ -77,25 +94,42 @@ def register(method: Method) -> Method:
 
 
 def get(name: str) -> Method:
-    """The method of that name; raises InputError that lists what there is."""
+    """The method of that name; raises InputError that lists what there is.
+
+    >>> get("srp").hidden_steps, get("qcfs").v0
+    (4, 0.5)
+    """
     if name not in METHODS:
         raise InputError(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def highest(seen: Observation) -> Tensor:
-    """theta = the largest activation on the calibration images."""
+    """theta = the largest activation on the calibration images.
+
+    >>> highest(Observation("relu", nn.ReLU(), torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([2.0]), 4, 99.9, 0.5))
+    tensor([2.])
+    """
     return seen.highest
 
 
 def percentile(seen: Observation) -> Tensor:
-    """theta = the p-th percentile of relu(z), 99.9 by default: single outliers no longer slow the layer down."""
+    """theta = the p-th percentile of relu(z), 99.9 by default: single outliers no longer slow the layer down.
+
+    >>> percentile(Observation("relu", nn.ReLU(), torch.arange(101.0)[None], torch.tensor([100.0]), 4, 90.0, 0.5))
+    tensor([90.])
+    """
     wide = seen.samples.to(torch.promote_types(seen.samples.dtype, torch.float32))  # quantile knows no half precision
     return torch.quantile(wide.clamp(min=0), seen.percentile / 100, dim=1).to(seen.samples.dtype)
 
 
 def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:
-    """theta that minimizes mean (Q(z) - relu(z))^2 at T = `time_steps`, by search over 1..100 % of the largest activation."""
+    """theta that minimizes mean (Q(z) - relu(z))^2 at T = `time_steps`, by search over 1..100 % of the largest activation.
+
+    >>> z = torch.tensor([[0.5] * 999 + [10.0]])  # one outlier
+    >>> mean_square_optimal(Observation("relu", nn.ReLU(), z, torch.tensor([10.0]), 4, 99.9, 0.5)) < 10
+    tensor([True])
+    """
     z = seen.samples
     best, least = seen.highest.clone(), torch.full_like(seen.highest, torch.inf)
     for step in range(1, candidates + 1):
@@ -106,7 +140,13 @@ def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:
 
 
 def trained_bound(seen: Observation) -> Tensor:
-    """theta = the clipping bound that the network was trained with."""
+    """theta = the clipping bound that the network was trained with.
+
+    >>> from micelab import QuantClip
+    >>> z = torch.rand(1, 9)
+    >>> trained_bound(Observation("act", QuantClip(levels=4, theta=2.0), z, z.amax(1), 4, 99.9, 0.5)).detach()
+    tensor(2.)
+    """
     if not isinstance(seen.activation, TrainableClip):
         raise ConversionError(
             f"layer `{seen.layer}` is nn.{type(seen.activation).__name__} and has no trained bound: train with "
@@ -116,7 +156,12 @@ def trained_bound(seen: Observation) -> Tensor:
 
 
 def trained_start(layer: str, activation: nn.Module) -> Tensor:
-    """v0 = the initial potential that the network was jointly trained with, in units of theta."""
+    """v0 = the initial potential that the network was jointly trained with, in units of theta.
+
+    >>> from micelab import SpikeClip
+    >>> trained_start("act", SpikeClip(levels=4, theta=2.0))
+    tensor(0.5000)
+    """
     if not isinstance(activation, SpikeClip):
         raise ConversionError(
             f"layer `{layer}` is {type(activation).__name__} and has no trained initial potential: train the network jointly "

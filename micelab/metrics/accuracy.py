@@ -19,6 +19,10 @@ class AccuracyCurve:
     """Accuracy in [0, 1] after each of `time_steps`; `true_steps` counts what a method spends beyond them.
 
     That is `hidden_steps` more, and `turns` times as many where so many layers in a row wait for one another.
+
+    >>> curve = AccuracyCurve((1, 2, 4), (0.6, 0.8, 0.9), images=1000, method="srp", hidden_steps=4)
+    >>> curve.true_steps, curve.true_words, curve.at(2), curve.within(true_steps=6), curve.within(true_steps=4)
+    ((5, 6, 8), 'T + 4', 0.8, 0.8, None)
     """
 
     time_steps: tuple[int, ...]
@@ -70,6 +74,12 @@ def accuracy_curve(
     One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
     a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
     "bf16" are those of `SpikingNetwork.simulate`.
+
+    >>> import micelab
+    >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    >>> curve = accuracy_curve(snn, micelab.load_data("digits").validation.batches(), (1, 2, 4))
+    >>> curve.time_steps, curve.images, 0 <= curve.at(4) <= 1
+    ((1, 2, 4), 143, True)
     """
     given = tuple(time_steps) if isinstance(time_steps, Iterable) else (time_steps,)
     if not given or not all(isinstance(t, int) and t >= 1 for t in given):

@@ -22,6 +22,12 @@ class LayerRun:
     membrane: the residual, or None where spike counts alone were recorded; theta: as in the layer, in the membrane's type; v0:
     the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps; `current`: the mean current where
     charge balance does not tell it, or None.
+
+    >>> import micelab, torch
+    >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    >>> layer = snn.simulate(torch.rand(2, 1, 8, 8), 4).layers["stem.2"]
+    >>> layer.count.shape, int(layer.count.max()) <= layer.time_steps, layer.v0
+    (torch.Size([2, 16, 8, 8]), True, tensor(0.5000))
     """
 
     count: Tensor
@@ -91,7 +97,14 @@ class LayerRun:
 
 @dataclass
 class SimulationRun:
-    """`logits` [T, N, classes], the running mean over time; `layers` from input to output, named as in the ANN."""
+    """`logits` [T, N, classes], the running mean over time; `layers` from input to output, named as in the ANN.
+
+    >>> import micelab, torch
+    >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
+    >>> run = snn.simulate(torch.rand(2, 1, 8, 8), 4)
+    >>> run.logits.shape, run.predictions.shape, list(run.layers)
+    (torch.Size([4, 2, 10]), torch.Size([4, 2]), ['stem.2', 'blocks.0.2', 'blocks.1.2', 'blocks.2.2'])
+    """
 
     logits: Tensor
     layers: dict[str, LayerRun]

@@ -62,6 +62,12 @@ class SpikingNetwork(nn.Module):
     `method` and `hidden_steps` say how it was made and how many steps it spends beyond T; `turns` is 1, or the number of
     layers in a row where each waits for all T steps of the one before; `most_steps`: the longest T it may be simulated for, on a
     grid (`micelab.snap_to_grid`), or None.
+
+    >>> import micelab
+    >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs", time_steps=4)
+    >>> run = snn.simulate(torch.rand(2, 1, 8, 8), 4)
+    >>> run.logits.shape, list(run.layers)[0], snn(torch.rand(2, 1, 8, 8)).shape
+    (torch.Size([4, 2, 10]), 'stem.2', torch.Size([2, 10]))
     """
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):

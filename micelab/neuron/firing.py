@@ -44,7 +44,11 @@ def integrate_and_fire(
 
 
 def check_theta(theta: Tensor | float, layer: str = "") -> Tensor:
-    """`theta` as a tensor if it is finite and above 0; raises InputError naming the layer otherwise."""
+    """`theta` as a tensor if it is finite and above 0; raises InputError naming the layer otherwise.
+
+    >>> check_theta(0.5)
+    tensor(0.5000)
+    """
     theta = torch.as_tensor(theta, dtype=torch.get_default_dtype()) if not isinstance(theta, Tensor) else theta
     good = (theta > 0) & torch.isfinite(theta)
     if not bool(good.all()):
@@ -137,7 +141,13 @@ def over_time(current: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Firing:
     """What a layer did in the T steps that count: `count` and `residual` [N, ...], the start `v0` it finally took (in units
-    of theta: scalar, [C] or [N, ...]) and, where steps before T are spent, the spikes `hidden` sent in them [N, ...]."""
+    of theta: scalar, [C] or [N, ...]) and, where steps before T are spent, the spikes `hidden` sent in them [N, ...].
+
+    >>> neurons = IntegrateFire(theta=1.0, v0=0.5)
+    >>> done = neurons.respond(torch.full((4, 1), 0.3), out=torch.empty(4, 1), time_steps=4)
+    >>> done.count, done.residual
+    (tensor([1.]), tensor([0.7000]))
+    """
 
     count: Tensor
     residual: Tensor
@@ -151,6 +161,10 @@ class IntegrateFire(nn.Module):
     Other kinds of neuron are subclasses that override `drive` or `respond` and say what they ask of the simulation: `before`:
     steps that the whole network runs before the T that count; `ahead`: steps of its input that a layer sees before its first
     step; `waits`: whether a layer starts only when the layer before has ended.
+
+    >>> neurons = IntegrateFire(theta=2.0, v0=0.5)
+    >>> neurons, neurons(torch.full((4, 1), 0.6)).flatten().tolist()
+    (IntegrateFire(theta=2, v0=0.5), [0.0, 2.0, 0.0, 0.0])
     """
 
     before: ClassVar[int] = 0

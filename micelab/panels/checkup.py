@@ -26,6 +26,10 @@ class CheckupPanel(Panel):
     """Choose a network and walk through its layers: which become neurons, which stay, which are refused, and why.
 
     reports: `micelab.checkup(...)` of each network, by name.
+
+    >>> import micelab
+    >>> CheckupPanel({"ours": micelab.checkup(micelab.small_cnn())}).sentence()
+    'ours, it converts; normalize (nn.Normalize) stays: affine: its mean output over time is its output for the mean input.'
     """
 
     wide = True

@@ -29,6 +29,12 @@ class ImagePanel(Panel):
     """Sliders for image, step and layer: which neurons of the layer fire at this step, and what the network says by then.
 
     images [N, C, H, W] in [0, 1] with labels [N]; `classes` names them; each image is simulated for `time_steps` steps.
+
+    >>> import micelab
+    >>> snn, digits = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs"), micelab.load_data("digits")
+    >>> images, labels = next(digits.test.head(4).batches())
+    >>> ImagePanel(snn, images, labels, digits.classes, time_steps=4).state
+    Look(image=0, step=4, layer='stem.2')
     """
 
     def __init__(self, snn: SpikingNetwork, images: Tensor, labels: Tensor, classes: Sequence[str], time_steps: int = 8):

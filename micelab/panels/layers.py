@@ -29,6 +29,9 @@ class ThresholdPanel(Panel):
     """Real inputs `z` of one layer: a slider moves theta through them, another sets T; errors and the best theta beside.
 
     z: any shape, activation units, something above 0; `time_steps`: the T to choose from.
+
+    >>> ThresholdPanel(torch.linspace(-1, 2, 100), (2, 4), theta=1.0).state
+    Threshold(theta=1.0, time_steps=4)
     """
 
     CANDIDATES = 60
@@ -96,7 +99,14 @@ class Depth:
 
 
 class DepthPanel(Panel):
-    """The errors of every layer of one network: a slider over T; timing against depth, and all four terms at this T."""
+    """The errors of every layer of one network: a slider over T; timing against depth, and all four terms at this T.
+
+    >>> import micelab
+    >>> ann, images = micelab.small_cnn(activation="quant_clip"), torch.rand(4, 1, 8, 8)
+    >>> snn = micelab.convert(ann, "qcfs")
+    >>> DepthPanel({T: micelab.error_breakdown(ann, snn, images, T) for T in (2, 4)}, start=4).state
+    Depth(time_steps=4)
+    """
 
     def __init__(self, tables: Mapping[int, ErrorTable], start: int | None = None):
         if not tables:

@@ -32,6 +32,14 @@ class MethodPanel(Panel):
 
     snns: converted networks with the same layers, by name; curves: the accuracy of each (over any images); images
     [N, C, H, W] in [0, 1] with labels [N]; ann_accuracy: of each network, in [0, 1]. Simulated once, for `time_steps` steps.
+
+    >>> import micelab
+    >>> ann, test = micelab.small_cnn(activation="quant_clip"), micelab.load_data("digits").test.head(8)
+    >>> snns = {name: micelab.convert(ann, "qcfs", signed=name == "signed") for name in ("plain", "signed")}
+    >>> curves = {name: micelab.accuracy_curve(snn, test.batches(), (1, 2, 4)) for name, snn in snns.items()}
+    >>> images, labels = next(test.batches())
+    >>> MethodPanel(snns, curves, dict.fromkeys(snns, 0.1), images, labels, [str(n) for n in range(10)], time_steps=4).state
+    View(method='signed', image=0, step=4, layer='stem.2')
     """
 
     def __init__(

@@ -31,7 +31,11 @@ class Steady:
 
 
 class NeuronPanel(Panel):
-    """One neuron step by step: sliders for its steady current I, the number of steps T and the start v0."""
+    """One neuron step by step: sliders for its steady current I, the number of steps T and the start v0.
+
+    >>> NeuronPanel(current=0.3, time_steps=8).sentence()
+    'I = 0.30, T = 8, v0 = 0.50: 2 spikes, rate 0.250, ReLU 0.300; 0.90 left in the membrane.'
+    """
 
     wide = True
 
@@ -77,7 +81,11 @@ class Stairs:
 
 
 class StaircasePanel(Panel):
-    """The staircase over ReLU: sliders for T, the start v0 and the input z; both errors shaded, the best start beside them."""
+    """The staircase over ReLU: sliders for T, the start v0 and the input z; both errors shaded, the best start beside them.
+
+    >>> StaircasePanel(time_steps=4, v0=0.5, z=0.4).sentence()
+    'T = 4, v0 = 0.50: Q(0.40) = 0.500; quantization error: mean 0.000, rms 0.072, at most 0.125.'
+    """
 
     def __init__(self, time_steps: int = 4, v0: float = 0.0, z: float = 0.4):
         self.state = Stairs(time_steps, v0, z)
@@ -153,6 +161,9 @@ class OrderPanel(Panel):
     """Two inputs of one neuron, one pushing and one holding back: click a spike to lift it, then where it shall go.
 
     However the spikes are ordered, each input sends as many as before; what the neuron makes of them changes.
+
+    >>> print(OrderPanel().sentence().split(":")[0])
+    mean current 0.375 asks for 3 spikes, the neuron sends 3
     """
 
     wide = True

@@ -29,6 +29,21 @@ class Panel(ABC):
 
     A subclass sets `state`, then calls `build`. Whatever the reader moves changes `state` by `choose` and nothing else;
     only what differs from the last picture is sent to the browser.
+
+    >>> class Level(Panel):
+    ...     def __init__(self):
+    ...         self.state = 1.0
+    ...         self.build([slider("level", 1.0, 0.0, 2.0, 0.1, self.choose)])
+    ...
+    ...     def specs(self):
+    ...         return [go.Figure(go.Bar(y=[self.state])).update_layout(margin={"l": 50}).to_plotly_json()]
+    ...
+    ...     def sentence(self):
+    ...         return f"The level is {self.state}."
+    >>> panel = Level()
+    >>> panel.choose(0.5)
+    >>> panel
+    Level: The level is 0.5.
     """
 
     state: Any

@@ -30,6 +30,14 @@ class RemedyPanel(Panel):
 
     trials: of `micelab.report.remedies.try_remedies`, all of one T; ann_accuracy: in [0, 1]; ticked: at the start. What joint
     training takes along is ticked with it and cannot be unticked.
+
+    >>> import micelab
+    >>> from micelab.report.remedies import try_remedies
+    >>> networks = {"clip": micelab.small_cnn(activation="clip"), "quantized": micelab.small_cnn(activation="quant_clip")}
+    >>> networks["joint"] = micelab.joint.prepare(networks["quantized"], time_steps=4)
+    >>> trials = try_remedies(networks, micelab.load_data("digits").validation.head(8), time_steps=4)
+    >>> sorted(RemedyPanel(trials, ann_accuracy=0.1, ticked=["joint training"]).trial.remedies)
+    ['joint training', 'quantized training', 'start at v0 = 1/2']
     """
 
     def __init__(self, trials: Mapping[frozenset[str], Trial], ann_accuracy: float, ticked: Iterable[str] = ()):

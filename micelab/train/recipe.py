@@ -59,7 +59,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4."""
+    """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4.
+
+    >>> TrainConfig(epochs=2, levels=4).lr
+    0.1
+    """
 
     network: str = "small_cnn"
     kind: models.Kind | None = None
@@ -93,6 +97,9 @@ class JointConfig(Recipe):
     time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
     the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
     potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`).
+
+    >>> JointConfig(time_steps=(2,), distill=1.0).gradient
+    'rates'
     """
 
     epochs: int = 10
@@ -130,7 +137,11 @@ class JointConfig(Recipe):
 
 @dataclass(frozen=True)
 class ThroughTimeConfig(JointConfig):
-    """Stage 2 with the gradient of every spike, which is true enough for the recipe of stage 1: SGD with Nesterov momentum."""
+    """Stage 2 with the gradient of every spike, which is true enough for the recipe of stage 1: SGD with Nesterov momentum.
+
+    >>> ThroughTimeConfig(time_steps=(2,)).lr
+    0.05
+    """
 
     lr: float = 0.05
     weight_decay: float = 1e-4

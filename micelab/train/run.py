@@ -53,6 +53,12 @@ def train(
     `out` also holds `state.safetensors` (written whole after every epoch and when stopped) and `metrics.jsonl` (a line an
     epoch). `resume=True` goes on from there; it refuses other options than the run was started with. Raises
     TrainingError where the loss is no longer finite (the last state is kept) and KeyboardInterrupt when stopped.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     net = train(TrainConfig(epochs=1), folder, progress=False)
+    ...     sorted(file.name for file in Path(folder).iterdir())
+    ['metrics.jsonl', 'model.json', 'model.safetensors', 'state.safetensors']
     """
     return carry_out(Run, config, out, data, resume, progress, folder, command or f"micelab.train.train({config}, {str(out)!r})")
 
