@@ -40,15 +40,17 @@ class TrainingBatches:
         return math.floor(len(self.labels) / self.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generator each step."""
-        order = self.order(epoch)
+        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generators each step."""
+        order = self.order(epoch).to(self.images.device)
         for step in range(first_step, len(self)):
             torch.manual_seed(mix(self.seed, epoch, step, self.rank))
             picked = self.part(order, step)
-            images = self.images[picked]
-            if self.transform is not None:
-                images = torch.stack([self.transform(image) for image in images])
-            yield to_float(images), self.labels[picked]
+            yield to_float(self.augmented(picked)), self.labels[picked]
+
+    def augmented(self, picked: Tensor) -> Tensor:
+        """The training images of these numbers [n], each changed by chance, uint8 [n, C, H, W]."""
+        images = self.images[picked]
+        return images if self.transform is None else torch.stack([self.transform(image) for image in images])
 
     def order(self, epoch: int) -> Tensor:
         """The training images' numbers in the order of `epoch`, [N], on the CPU."""
@@ -79,18 +81,12 @@ class DeviceBatches(TrainingBatches):
         self.size, self.flip, self.cutout = split.images.shape[-1], flip, augment == "cutout"
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generators each step."""
-        order = self.order(epoch).to(self.images.device)
-        for step in range(first_step, len(self)):
-            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
-            picked = self.part(order, step)
-            if self.transform is None:
-                images = self.images[picked]
-            else:
-                places = draw_places(len(picked), self.size, self.flip, self.cutout)
-                images = crop_flip_cutout(self.images, picked, places.to(self.images.device), self.size)
-            yield to_float(images), self.labels[picked]
+    def augmented(self, picked: Tensor) -> Tensor:
+        """As in `TrainingBatches`, the whole batch at once."""
+        if self.transform is None:
+            return self.images[picked]
+        places = draw_places(len(picked), self.size, self.flip, self.cutout)
+        return crop_flip_cutout(self.images, picked, places.to(self.images.device), self.size)
 
 
 def training_batches(
