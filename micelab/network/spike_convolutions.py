@@ -21,11 +21,10 @@ from micelab.neuron.firing import IntegrateFire
 
 @dataclass(frozen=True)
 class Way:
-    """One way: `function` of the library takes layers of at least `least` channels, into a multiple of `multiple`."""
+    """One way: `function` of the library takes the convolutions that it `serves`."""
 
     function: str
-    least: int
-    multiple: int
+    serves: Callable[[nn.Conv2d], bool]
     works: Callable[[], bool]
 
     def is_here(self, device: str) -> bool:
@@ -38,8 +37,7 @@ class Way:
             return False
         square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
         plain = square and convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
-        wide = convolution.in_channels >= self.least and convolution.out_channels % self.multiple == 0
-        return plain and wide and convolution.weight.dtype == torch.float32
+        return plain and convolution.weight.dtype == torch.float32 and self.serves(convolution)
 
     def convolve(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Tensor:
         """Currents [N, out, H, W] of spikes [N, in, H, W] of amplitude theta (scalar or [in]), both fp32, channels_last."""
@@ -72,9 +70,16 @@ def _has_matrix_unit() -> bool:
     return True
 
 
+def _by_events(convolution: nn.Conv2d) -> bool:
+    """Below 32 channels, 3x3 weights alone are enough to pay for finding the spikes."""
+    if convolution.in_channels <= 32 and convolution.kernel_size == (3, 3):
+        return convolution.in_channels >= 16 and convolution.out_channels % 16 == 0
+    return convolution.in_channels >= 32 and convolution.out_channels % 32 == 0
+
+
 WAYS = {
-    "events": Way("convolve_events", 32, 32, _has_compiler),
-    "bf16x3": Way("convolve_matrix", 1, 16, _has_matrix_unit),
+    "events": Way("convolve_events", _by_events, _has_compiler),
+    "bf16x3": Way("convolve_matrix", lambda convolution: convolution.out_channels % 16 == 0, _has_matrix_unit),
 }
-"""events: each spike adds its weights where it is seen, and silence costs next to nothing; with fewer channels sums are too short
-for the spikes to be found first. bf16x3: weights as sums of three bf16 numbers, which is exact, on processors with AMX."""
+"""events: spikes add their weights where they are seen, by eights whose sums are known or one by one, and silence costs next to
+nothing. bf16x3: weights as sums of three bf16 numbers, which is exact, on processors with AMX."""

@@ -76,8 +76,8 @@ def as_bytes(values: Tensor) -> Tensor:
 
 def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of spikes [N, C, H, W] (not 0 where there is one) by weight [rows, columns, C, out], theta multiplied in,
-    with bias [out], fp32: [N, out, H, W], channels_last. function: "convolve_events" (out a multiple of 32) or
-    "convolve_matrix" (of 16).
+    with bias [out], fp32: [N, out, H, W], channels_last. function: "convolve_events" (out a multiple of 32, of 16 where at most
+    32 channels meet 3x3 weights) or "convolve_matrix" (of 16).
 
     Raises RuntimeError where the kernel is larger than the padded map, and where the memory does not suffice.
     """

@@ -1,6 +1,8 @@
-/* A convolution that follows spikes: a current is the bias and the weights of the spikes that its place sees, added in one order
-   whatever the batch and the number of threads. Spikes, not 0 where there is one, and currents have channels last in memory;
-   weights are [rows][columns][channels][outputs], with theta multiplied in, outputs a multiple of 32. */
+/* A convolution of spikes: a current is the bias and the weights of the spikes that its place sees, added in one order whatever
+   the batch and the number of threads. In layers of few channels, spikes of eight channels make a set, and the sums of all sets
+   are made beforehand; in wide ones, spikes are listed and their weights added one by one. Spikes, not 0 where there is one, and
+   currents have channels last in memory; weights are [rows][columns][channels][outputs], with theta multiplied in, outputs a
+   multiple of 16, and of 32 where spikes are listed. */
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -10,6 +12,11 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+
+/* channels whose spikes make one set, how many sets there are, and up to how many channels 3x3 layers go by sets */
+#define GROUP 8
+#define SETS (1 << GROUP)
+#define NARROW 32
 
 typedef struct {
     const float *weights, *bias;
@@ -38,37 +45,97 @@ INLINE int64_t listed(const float *values, int64_t size, int32_t from, int32_t *
     return found;
 }
 
-/* for 3x3 weights and stride 1: adds what the spikes of each place give to the nine around it, V vectors of outputs from `block` on;
-   room: the currents, and an edge around them that some spikes beside it reach */
-INLINE void spread(const layer *k, float *room, const int32_t *list, const int64_t *start, int64_t block, const int V)
+/* for each group of eight channels and each set of them that may have fired, the sum of their weights at each place of the kernel,
+   for LANES outputs from `block` on, [groups][SETS][rows][columns][LANES] */
+static void sum_sets(const layer *k, int64_t block, float *sums)
 {
-    const int64_t step = k->channels * k->outputs;
-    for (int64_t y = 0; y < k->height; y++)
-        for (int64_t x = 0; x < k->width; x++) {
-            const int32_t *at = list + start[y * (k->width + 1) + x], *end = list + start[y * (k->width + 1) + x + 1];
-            if (at == end)
-                continue;
-            vector sum[9][V];
-            const float *weights = k->weights + block - x * step;
-#pragma GCC unroll 9
-            for (int tap = 0; tap < 9; tap++)
-#pragma GCC unroll 8
-                for (int i = 0; i < V; i++)
-                    sum[tap][i] = load(weights + *at * k->outputs + tap * step + i * LANES);
-            for (at++; at < end; at++)
-#pragma GCC unroll 9
-                for (int tap = 0; tap < 9; tap++)
-#pragma GCC unroll 8
-                    for (int i = 0; i < V; i++)
-                        sum[tap][i] += load(weights + *at * k->outputs + tap * step + i * LANES);
-#pragma GCC unroll 9
-            for (int tap = 0; tap < 9; tap++)
-#pragma GCC unroll 8
-                for (int i = 0; i < V; i++) {
-                    float *into = room + ((y + 2 - tap / 3) * (k->width + 2) + x + 2 - tap % 3) * k->outputs + block + i * LANES;
-                    keep(into, load(into) + sum[tap][i]);
-                }
+    const int64_t taps = k->rows * k->columns;
+    for (int64_t channel = 0; channel < k->channels; channel += GROUP, sums += SETS * taps * LANES) {
+        const int64_t many = k->channels - channel < GROUP ? k->channels - channel : GROUP;
+        memset(sums, 0, taps * LANES * sizeof *sums);
+        for (int64_t set = 1; set < 1 << many; set++) {
+            const float *others = sums + (set & (set - 1)) * taps * LANES;
+            const float *lowest = k->weights + (channel + __builtin_ctz(set)) * k->outputs + block;
+            for (int64_t tap = 0; tap < taps; tap++)
+                keep(sums + (set * taps + tap) * LANES, load(others + tap * LANES) + load(lowest + tap * k->channels * k->outputs));
         }
+    }
+}
+
+/* which of the first `many` of LANES values are not 0, a bit each */
+INLINE uint32_t fired(const float *values, int64_t many)
+{
+#if defined __AVX512F__
+    const __m512 there = _mm512_maskz_loadu_ps((1 << many) - 1, values);
+    return _mm512_cmp_ps_mask(there, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined __AVX__
+    if (many == LANES)
+        return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#endif
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < many; i++)
+        bits |= (uint32_t)(values[i] != 0.0f) << i;
+    return bits;
+}
+
+/* where the sums of each set of an image's spikes begin, with an edge of silence, [height + 2*padding][width + 2*padding][groups] */
+INLINE void find_sets(const layer *k, const float *values, int32_t *found, const int64_t channels)
+{
+    const int64_t pad = k->padding, groups = (channels + GROUP - 1) / GROUP, wide = k->width + 2 * pad;
+    const int32_t size = k->rows * k->columns * LANES;
+    for (int64_t y = -pad; y < k->height + pad; y++) {
+        const int64_t inside = y >= 0 && y < k->height;
+        for (int64_t x = 0; x < wide; x++)
+            if (!inside || x < pad || x >= k->width + pad)
+                for (int64_t group = 0; group < groups; group++)
+                    found[x * groups + group] = group * SETS * size;
+        for (int64_t x = 0; x < inside * k->width; x++, values += channels)
+#pragma GCC unroll 4
+            for (int64_t at = 0; at < channels; at += LANES) {
+                const uint32_t bits = fired(values + at, channels - at < LANES ? channels - at : LANES);
+                for (int64_t group = at / GROUP; group < groups && group < (at + LANES) / GROUP; group++)
+                    found[(x + pad) * groups + group] = (group * SETS + (bits >> (group * GROUP - at)) % SETS) * size;
+            }
+        found += wide * groups;
+    }
+}
+
+/* the currents of LANES outputs from `block` on: at each place the sums of the sets that it sees */
+INLINE void look_up(const layer *k, float *out, const int32_t *found, const float *sums, int64_t block, const int64_t rows,
+                    const int64_t columns, const int64_t groups)
+{
+    const int64_t line = (k->width + 2 * k->padding) * groups;
+    for (int64_t oy = 0; oy < k->high; oy++)
+        for (int64_t ox = 0; ox < k->wide; ox++) {
+            const int32_t *seen = found + oy * k->stride * line + ox * k->stride * groups;
+            vector even = load(k->bias + block), odd = {0};
+            for (int64_t row = 0; row < rows; row++)
+#pragma GCC unroll 3
+                for (int64_t column = 0; column < columns; column++)
+#pragma GCC unroll 4
+                    for (int64_t group = 0; group < groups; group++) {
+                        const vector sum = load(sums + seen[row * line + column * groups + group] + (row * columns + column) * LANES);
+                        if (group % 2)
+                            odd += sum;
+                        else
+                            even += sum;
+                    }
+            keep(out + (oy * k->wide + ox) * k->outputs + block, even + odd);
+        }
+}
+
+static void look_up_all(const layer *k, const float *values, float *out, int32_t *found, const float *sums, int64_t block)
+{
+    if (k->rows == 3 && k->columns == 3 && k->channels == 16) {
+        find_sets(k, values, found, 16);
+        look_up(k, out, found, sums, block, 3, 3, 2);
+    } else if (k->rows == 3 && k->columns == 3 && k->channels == 32) {
+        find_sets(k, values, found, 32);
+        look_up(k, out, found, sums, block, 3, 3, 4);
+    } else {
+        find_sets(k, values, found, k->channels);
+        look_up(k, out, found, sums, block, k->rows, k->columns, (k->channels + GROUP - 1) / GROUP);
+    }
 }
 
 /* the currents of V vectors of outputs from `block` on; list: the spikes' places in their row of the image, row after row;
@@ -111,18 +178,6 @@ INLINE void gather(const layer *k, float *out, const int32_t *list, const int64_
         }
 }
 
-/* every output's bias in a room for currents with an edge around them, then what `spread` adds, then the currents out of it */
-static void spread_all(const layer *k, float *room, float *out, const int32_t *list, const int64_t *start)
-{
-    const int64_t wide = k->width + 2, inside = 2 - k->padding;
-    for (int64_t place = 0; place < (k->height + 2) * wide; place++)
-        memcpy(room + place * k->outputs, k->bias, k->outputs * sizeof *room);
-    for (int64_t block = 0; block < k->outputs; block += 2 * LANES)
-        spread(k, room, list, start, block, 2);
-    for (int64_t y = 0; y < k->high; y++)
-        memcpy(out + y * k->wide * k->outputs, room + ((y + inside) * wide + inside) * k->outputs, k->wide * k->outputs * sizeof *out);
-}
-
 static void gather_all(const layer *k, float *out, const int32_t *list, const int64_t *start)
 {
     int64_t block = 0;
@@ -132,45 +187,72 @@ static void gather_all(const layer *k, float *out, const int32_t *list, const in
         gather(k, out, list, start, block, 2);
 }
 
-/* 0, or 1 where there is no memory for the lists */
+static int convolve_lists(const layer *k, const float *spikes, float *out, int64_t images, int threads)
+{
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int32_t *list = malloc((k->height * k->width * k->channels + 16) * sizeof *list);
+        int64_t *start = malloc(k->height * (k->width + 1) * sizeof *start);
+        if (!list || !start) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t image = 0; image < images; image++) {
+            if (!list || !start)
+                continue;
+            const float *values = spikes + image * k->height * k->width * k->channels;
+            int64_t found = 0;
+            for (int64_t y = 0; y < k->height; y++)
+                for (int64_t x = 0; x <= k->width; x++) {
+                    start[y * (k->width + 1) + x] = found;
+                    if (x < k->width)
+                        found += listed(values + (y * k->width + x) * k->channels, k->channels, x * k->channels, list + found);
+                }
+            gather_all(k, out + image * k->high * k->wide * k->outputs, list, start);
+        }
+        free(list);
+        free(start);
+    }
+    return failed;
+}
+
+static int convolve_sets(const layer *k, const float *spikes, float *out, int64_t images, int threads)
+{
+    const int64_t groups = (k->channels + GROUP - 1) / GROUP, edge = 2 * k->padding;
+    float *sums = aligned_alloc(64, groups * SETS * k->rows * k->columns * LANES * sizeof *sums);
+    int failed = !sums;
+    for (int64_t block = 0; block < k->outputs && !failed; block += LANES) {
+        sum_sets(k, block, sums);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            int32_t *found = malloc((k->height + edge) * (k->width + edge) * groups * sizeof *found);
+            if (!found) {
+#pragma omp atomic write
+                failed = 1;
+            }
+#pragma omp for schedule(static)
+            for (int64_t image = 0; image < images; image++) {
+                if (!found)
+                    continue;
+                look_up_all(k, spikes + image * k->height * k->width * k->channels, out + image * k->high * k->wide * k->outputs,
+                            found, sums, block);
+            }
+            free(found);
+        }
+    }
+    free(sums);
+    return failed;
+}
+
+/* 0, or 1 where there is no memory for the sums or the lists */
 int convolve_events(const float *spikes, const float *weights, const float *bias, float *out, int64_t images, int64_t height,
                     int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
                     int64_t padding, int threads)
 {
     const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
     const layer k = {weights, bias, height, width, channels, outputs, rows, columns, stride, padding, high, wide};
-    const int spreads = rows == 3 && columns == 3 && stride == 1 && padding <= 2 && outputs < 4 * LANES; /* `gather` takes 4 at once */
-    int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        int32_t *list = malloc((height * width * channels + 16) * sizeof *list);
-        int64_t *start = malloc(height * (width + 1) * sizeof *start);
-        float *room = malloc(spreads ? (height + 2) * (width + 2) * outputs * sizeof *room : 1);
-        if (!list || !start || !room) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t image = 0; image < images; image++) {
-            if (!list || !start || !room)
-                continue;
-            const float *values = spikes + image * height * width * channels;
-            int64_t found = 0;
-            for (int64_t y = 0; y < height; y++)
-                for (int64_t x = 0; x <= width; x++) {
-                    start[y * (width + 1) + x] = found;
-                    if (x < width)
-                        found += listed(values + (y * width + x) * channels, channels, x * channels, list + found);
-                }
-            float *into = out + image * high * wide * outputs;
-            if (spreads)
-                spread_all(&k, room, into, list, start);
-            else
-                gather_all(&k, into, list, start);
-        }
-        free(list);
-        free(start);
-        free(room);
-    }
-    return failed;
+    const int sets = channels <= NARROW && rows == 3 && columns == 3;
+    return (sets ? convolve_sets : convolve_lists)(&k, spikes, out, images, threads);
 }
