@@ -80,8 +80,8 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     silent.weight.copy_(weight)
     ways = {
         "dense": lambda: F.conv2d(flat, weight, padding=1),
-        "followed": lambda: WAYS["events"].convolve(flat, silent, torch.ones(())),
-        "matrix unit": lambda: WAYS["bf16x3"].convolve(flat, silent, torch.ones(())),
+        "followed": lambda: WAYS["events"].of(flat, silent, torch.ones(())).currents(),
+        "matrix unit": lambda: WAYS["bf16x3"].of(flat, silent, torch.ones(())).currents(),
         "scattered": lambda: scattered(flat, weight),
         "columns": lambda: product(rows(flat), weight, flat.shape),
         "columns, product alone": lambda: product(seen, weight, flat.shape),

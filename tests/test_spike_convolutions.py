@@ -12,7 +12,7 @@ from micelab.exceptions import InputError
 from micelab.models import resnet20
 from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
-from micelab.network.spike_convolutions import WAYS
+from micelab.network.spike_convolutions import WAYS, Convolution, Way
 from micelab.neuron import compiled
 from micelab.neuron.firing import IntegrateFire
 
@@ -20,6 +20,7 @@ LACKING = {"events": "no C compiler works here", "bf16x3": "no matrix unit (AMX)
 EITHER = [
     pytest.param(name, marks=pytest.mark.skipif(not way.is_here("cpu"), reason=LACKING[name])) for name, way in WAYS.items()
 ]
+FIRING = [each for each in EITHER if WAYS[each.values[0]].fires]
 
 
 def pictures(images=5):
@@ -58,7 +59,7 @@ def test_the_currents_are_those_of_a_dense_convolution(name, channels, kernel, s
     for theta, rate in ((torch.tensor(0.7), 0.2), (torch.linspace(0.3, 2, channels[0]), 0.5), (torch.tensor(1.0), 0.0)):
         for shape in shapes:
             spikes = sent(shape, rate, theta)
-            found = WAYS[name].convolve(spikes, layer, theta)
+            found = WAYS[name].of(spikes, layer, theta).currents()
             assert found.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(found, layer(spikes), rtol=1e-5, atol=1e-5)
 
@@ -69,10 +70,10 @@ def test_sums_are_the_same_bits_for_any_number_of_images_and_threads(name, threa
     layer, theta = nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
     spikes = sent((40, 32, 16, 16), 0.2, theta)
     threads(1)
-    expected = WAYS[name].convolve(spikes, layer, theta)
+    expected = WAYS[name].of(spikes, layer, theta).currents()
     threads(3)
-    assert torch.equal(expected, WAYS[name].convolve(spikes, layer, theta))
-    assert torch.equal(expected[7:9], WAYS[name].convolve(spikes[7:9], layer, theta))
+    assert torch.equal(expected, WAYS[name].of(spikes, layer, theta).currents())
+    assert torch.equal(expected[7:9], WAYS[name].of(spikes[7:9], layer, theta).currents())
 
 
 @pytest.fixture
@@ -106,6 +107,75 @@ def test_a_network_gives_nearly_the_same_and_the_same_bits_for_any_chunk(name, w
             assert torch.equal(layer.count, run.layers[place].count), place
 
 
+@pytest.mark.parametrize("name", FIRING)
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride"), [(16, 16, 3, 1), (24, 32, 3, 2), (32, 96, 1, 1), (40, 64, 3, 1)]
+)
+@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("each", [True, False], ids=["channels", "layer"])
+def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_after_it(
+    name, channels, outputs, kernel, stride, plus, each, threads
+):
+    torch.manual_seed(0)
+    layer, sender = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2).requires_grad_(False), torch.tensor(0.7)
+    steps, images = 6, 5
+    due = WAYS[name].of(sent((steps * images, channels, 13, 11), 0.2, sender), layer, sender)
+    more = torch.randn(due.shape).contiguous(memory_format=torch.channels_last) if plus else None
+    theta = torch.linspace(0.3, 0.9, outputs) if each else torch.tensor(0.5)
+    neurons = IntegrateFire(theta, torch.linspace(-0.2, 1, outputs) if each else 0.5)
+    expected = due.currents().unflatten(0, (steps, images))
+    did = neurons.respond(expected if more is None else expected + more.unflatten(0, (steps, images)), expected, steps)
+    for number in (1, 3):
+        threads(number)
+        out, found = due.fire(neurons, steps, True, more)
+        assert torch.equal(out.unflatten(0, (steps, images)), expected)
+        assert torch.equal(found.count, did.count)
+        assert torch.equal(found.residual, did.residual)
+        assert 0 < did.count.mean() < steps
+    assert torch.equal(due.fire(neurons, steps, False, more)[0], out)
+
+
+@pytest.mark.parametrize("name", FIRING)
+def test_a_network_fires_with_its_convolutions_wherever_plain_neurons_read_them(name, wide, monkeypatch):
+    fired = []
+    monkeypatch.setattr(Convolution, "fire", lambda due, *rest, fire=Convolution.fire: fired.append(due) or fire(due, *rest))
+    together = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
+    assert len(fired) == 18  # of 19 layers: the first reads the images
+    monkeypatch.setattr(Way, "takes_along", lambda *_: False)
+    apart = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
+    assert len(fired) == 18
+    assert torch.equal(together.logits, apart.logits)
+    for place, layer in apart.layers.items():
+        for part in ("count", "membrane", "spikes"):
+            assert torch.equal(getattr(together.layers[place], part), getattr(layer, part)), place
+
+
+class TwoReaders(nn.Module):
+    """Currents that the neurons do not read alone: by two of them, in a sum of three, in a sum with one number a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 32, 3, 1, 1), nn.Conv2d(32, 32, 3, 1, 1), nn.Conv2d(32, 32, 3, 1, 1)
+        self.acts = nn.ModuleList(micelab.QuantClip(levels=4, theta=1.0) for _ in range(5))
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 2)
+
+    def forward(self, x):
+        x = self.acts[0](self.first(x))
+        z = self.second(x)
+        x = self.acts[1](z) + self.acts[2](z)
+        x = self.acts[3](self.third(x) + z + x)
+        return self.head(self.pool(self.acts[4](self.second(x) + self.pool(x))).flatten(1))
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_currents_that_others_read_too_are_there_for_all(name):
+    torch.manual_seed(0)
+    snn = snap_to_grid(convert(TwoReaders().eval(), "qcfs"), shape=(3, 16, 16))
+    dense, other = (snn.simulate(pictures(), 4, precision=mode) for mode in ("fp32", name))
+    assert torch.equal(dense.logits, other.logits)
+    assert all(torch.equal(layer.residual, other.layers[place].residual) for place, layer in dense.layers.items())
+
+
 @pytest.mark.parametrize("name", EITHER)
 def test_layers_that_do_not_suit_and_signed_spikes_are_convolved(name):
     torch.manual_seed(0)
@@ -123,7 +193,7 @@ def test_a_float_is_the_sum_of_its_three_parts(name):
     layer = nn.Conv2d(1, 16, 1, bias=False).requires_grad_(False)
     layer.weight.copy_(values)
     spikes = torch.ones(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
-    found = WAYS[name].convolve(spikes, layer, torch.tensor(1.0))
+    found = WAYS[name].of(spikes, layer, torch.tensor(1.0)).currents()
     assert torch.equal(found, values.view(1, 16, 1, 1).expand_as(found))
 
 
@@ -173,7 +243,7 @@ def test_a_spike_beside_the_edge_is_seen_where_it_is(name):
     spikes = torch.zeros(1, 32, 3, 3)
     spikes[0, 5, 2, 0] = 1.0
     layer = nn.Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
-    assert torch.equal(WAYS[name].convolve(spikes, layer, torch.tensor(1.0)), F.conv2d(spikes, layer.weight, padding=1))
+    assert torch.equal(WAYS[name].of(spikes, layer, torch.tensor(1.0)).currents(), F.conv2d(spikes, layer.weight, padding=1))
 
 
 @pytest.fixture
@@ -215,7 +285,7 @@ def test_the_numbers_do_not_depend_on_torchs_defaults(name, setting, wide):
                 assert WAYS[name].is_here("cpu")
                 layer = wide.layers.get_submodule("blocks.4.conv2")
                 spikes = sent_on_cpu((2, 32, 8, 8))
-                found = WAYS[name].convolve(spikes, layer, torch.tensor(0.5, device="cpu"))
+                found = WAYS[name].of(spikes, layer, torch.tensor(0.5, device="cpu")).currents()
         else:
             torch.set_default_dtype(getattr(torch, setting))
             found = None if WAYS[name].is_here("cpu") else pytest.fail("not found")
@@ -237,4 +307,5 @@ def test_a_threshold_of_another_type_counts_in_that_of_the_weights(name):
     layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     theta = torch.linspace(0.5, 2, 32)
     spikes = sent((2, 32, 6, 6), 0.3, theta)
-    assert torch.equal(WAYS[name].convolve(spikes, layer, theta.double()), WAYS[name].convolve(spikes, layer, theta))
+    found, expected = (WAYS[name].of(spikes, layer, value).currents() for value in (theta.double(), theta))
+    assert torch.equal(found, expected)

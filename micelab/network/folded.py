@@ -18,7 +18,7 @@ from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
 from micelab.network.records import LayerRun, Record
-from micelab.network.spike_convolutions import WAYS
+from micelab.network.spike_convolutions import WAYS, Convolution, Way
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -81,6 +81,11 @@ class TimeFolded(LayerRunner):
             return tuple(self.env[source] for source in timed)
         if tensors and isinstance(self.env[tensors[0]], tuple):
             return self._join(module_of(self.traced, str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
+        for source in tensors:
+            if isinstance(due := self.env[source], Convolution):
+                if is_activation(self.traced, n) and self.joins(neurons := module_of(self.traced, str(n.target))):
+                    return self._fire_with(due, neurons)
+                self.env[source] = due.currents()
         return super().run_node(n)
 
     def _is_joined(self, n: fx.Node) -> bool:
@@ -88,14 +93,15 @@ class TimeFolded(LayerRunner):
         reader = next(iter(n.users)) if len(n.users) == 1 else n
         if n.target not in (operator.add, torch.add) or len(n.args) != 2 or n.kwargs or not is_activation(self.traced, reader):
             return False
-        module = module_of(self.traced, str(reader.target))
         first, second = (self.env[source] for source in n.all_input_nodes)
-        alike = first.shape == second.shape and first.dtype == second.dtype
-        return alike and self.joins(module) and not (self.record and self.steps != self.time_steps)
+        return (
+            first.shape == second.shape and first.dtype == second.dtype and self.joins(module_of(self.traced, str(reader.target)))
+        )
 
     def joins(self, module: Any) -> bool:
-        """Whether such neurons may add two currents themselves."""
-        return type(self).activate is TimeFolded.activate and module.adds
+        """Whether such neurons may take part in what makes their currents: a sum of two, or a convolution."""
+        same_steps = not self.record or self.steps == self.time_steps
+        return type(self).activate is TimeFolded.activate and module.adds and same_steps
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In a fast mode layers with weights that act at every step have their own arithmetic; a head's is fp32 in any case."""
@@ -110,13 +116,23 @@ class TimeFolded(LayerRunner):
         source = self.node.all_input_nodes[0]
         neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
         if way := WAYS.get(self.precision):
-            suits = way.suits(module, neuron)
-            return way.convolve(args[0], module, neuron.theta) if suits else super().call_module(target, args, kwargs)
+            if not way.suits(module, neuron):
+                return super().call_module(target, args, kwargs)
+            due = way.of(args[0], module, neuron.theta)
+            return due if self._is_taken_along(way) else due.currents()
         if not int8.suits(module, neuron):
             return super().call_module(target, args, kwargs)
         if source not in self.bytes:  # for all who read these spikes; older ones are done with
             self.bytes = {source: as_bytes(args[0])}
         return int8.convolve(self.bytes[source], int8.packed(module, neuron.theta, list(args[0].shape)))
+
+    def _is_taken_along(self, way: Way) -> bool:
+        """Whether the convolution at hand waits for the neurons that read it, or its sum with something else of its shape."""
+        readers = list(self.node.users)
+        if len(readers) == 1 and readers[0].target in (operator.add, torch.add):
+            readers = list(readers[0].users)
+        taken = len(readers) == 1 and is_activation(self.traced, readers[0])
+        return taken and way.takes_along(module_of(self.traced, str(readers[0].target)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
@@ -178,13 +194,25 @@ class TimeFolded(LayerRunner):
         told = current.stride(0) != 0 and module.adds and self.steps == self.time_steps
         return None if told else over_time(self.counted(current))
 
-    def _join(self, module: Any, summands: tuple[Tensor, Tensor], sources: list[fx.Node]) -> Tensor:
+    def _join(self, module: Any, summands: tuple[Any, Any], sources: list[fx.Node]) -> Tensor:
         """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
+        due = [summand for summand in summands if isinstance(summand, Convolution)]
+        if due:
+            other = summands[0] if due[0] is summands[1] else summands[1]
+            return self._fire_with(due[0], module, other.currents() if isinstance(other, Convolution) else other)
         rooms = zip(summands, sources, strict=True)
         out = next((z for z, source in rooms if self.is_room(source)), None)
         out = torch.empty_like(summands[0]) if out is None else out
         first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*summands, out))
         self.fire_sum(module, first, second, steps)
+        return out
+
+    def _fire_with(self, due: Convolution, module: Any, plus: Tensor | None = None) -> Tensor:
+        """theta*s(t) of neurons that are done with the convolution that makes their currents, or the sum with `plus`."""
+        out, did = due.fire(module, self.steps, bool(self.record), plus)
+        if self.record:
+            steps = out.unflatten(0, (self.steps, self.images))
+            self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, steps)
         return out
 
     def fire_sum(self, module: Any, first: Tensor, second: Tensor, out: Tensor) -> None:

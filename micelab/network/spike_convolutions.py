@@ -15,17 +15,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from micelab.neuron.compiled import convolve_spikes, shared_library
-from micelab.neuron.firing import IntegrateFire
+from micelab.neuron.compiled import convolve_spikes, convolved_shape, fire_convolved, shared_library
+from micelab.neuron.firing import Firing, IntegrateFire
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution yet to be done: of `spikes` [N, C, H, W] by `weight` [rows, columns, C, out], theta multiplied in, to
+    currents of `shape` [N, out, H, W]."""
+
+    function: str
+    spikes: Tensor
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    padding: int
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the currents."""
+        return torch.float32
+
+    def currents(self) -> Tensor:
+        """They themselves, channels_last."""
+        return convolve_spikes(self.function, self.spikes, self.weight, self.bias, self.stride, self.padding)
+
+    def fire(self, neurons: IntegrateFire, steps: int, count: bool, plus: Tensor | None = None) -> tuple[Tensor, Firing]:
+        """Spikes of amplitude theta [steps*n, out, H, W] of the neurons that these currents, and those of `plus`, charge."""
+        given = (self.spikes, self.weight, self.bias, self.stride, self.padding)
+        out, fired, residual = fire_convolved(*given, steps, neurons.theta, neurons.v0, count, plus)
+        return out, Firing(fired, residual, neurons.v0)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: `function` of the library takes the convolutions that it `serves`."""
+    """One way: `function` of the library takes the convolutions that it `serves`; `fires`: neurons can go along."""
 
     function: str
     serves: Callable[[nn.Conv2d], bool]
     works: Callable[[], bool]
+    fires: bool = False
 
     def is_here(self, device: str) -> bool:
         """Whether it works on this device."""
@@ -39,13 +69,20 @@ class Way:
         plain = square and convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
         return plain and convolution.weight.dtype == torch.float32 and self.serves(convolution)
 
-    def convolve(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Tensor:
-        """Currents [N, out, H, W] of spikes [N, in, H, W] of amplitude theta (scalar or [in]), both fp32, channels_last."""
+    def takes_along(self, neurons: Any) -> bool:
+        """Whether these neurons, which read the currents of a convolution, can be done with it."""
+        return self.fires and neurons.adds and not neurons.signed and neurons.theta.dtype == torch.float32
+
+    def of(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Convolution:
+        """Of spikes [N, in, H, W] of amplitude theta (scalar or [in]), fp32. Raises RuntimeError where the kernel is larger than
+        the padded map."""
         theta = theta.to(convolution.weight.dtype)
         weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
         bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
         ordered = weight.permute(2, 3, 1, 0).contiguous()
-        return convolve_spikes(self.function, spikes, ordered, bias, convolution.stride[0], convolution.padding[0])
+        stride, padding = convolution.stride[0], convolution.padding[0]
+        shape = torch.Size(convolved_shape(spikes, ordered, stride, padding))
+        return Convolution(self.function, spikes, ordered, bias, stride, padding, shape)
 
 
 def _has_compiler() -> bool:
@@ -78,7 +115,7 @@ def _by_events(convolution: nn.Conv2d) -> bool:
 
 
 WAYS = {
-    "events": Way("convolve_events", _by_events, _has_compiler),
+    "events": Way("convolve_events", _by_events, _has_compiler, fires=True),
     "bf16x3": Way("convolve_matrix", lambda convolution: convolution.out_channels % 16 == 0, _has_matrix_unit),
 }
 """events: spikes add their weights where they are seen, by eights whose sums are known or one by one, and silence costs next to

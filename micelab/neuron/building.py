@@ -58,6 +58,7 @@ def load(cc: str) -> Any:
         library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
         library.convolve_events.argtypes = library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
+        library.fire_events.argtypes = [place] * 9 + [size] * 10 + [flag]
         for function in FUNCTIONS:
             getattr(library, function).restype = None
         return library

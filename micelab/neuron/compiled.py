@@ -81,21 +81,74 @@ def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor,
 
     Raises RuntimeError where the kernel is larger than the padded map, and where the memory does not suffice.
     """
+    out = _channels_last(convolved_shape(spikes, weight, stride, padding))
     spikes = spikes.contiguous(memory_format=torch.channels_last)
-    images, channels, height, width = spikes.shape
+    places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
+    sizes = (*_sizes(spikes), weight.shape[3], *weight.shape[:2], stride, padding)
+    if getattr(shared_library(), function)(*places, *sizes, threads_for(spikes)):
+        raise RuntimeError("can't allocate memory for a convolution of spikes")
+    return out
+
+
+def fire_convolved(
+    spikes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    steps: int,
+    theta: Tensor,
+    v0: Tensor,
+    count: bool = False,
+    plus: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes [T*N, out, H, W] of amplitude theta, channels_last, their counts (empty unless asked for) and the residual
+    [N, out, H, W] of plain neurons whose currents are "convolve_events" of `spikes` [T*N, C, H, W] and `plus` [T*N, out, H, W]:
+    what `convolve_spikes` and `micelab.neuron.fire` do one after the other, bit for bit, without the currents in between.
+
+    theta, v0: of the neurons, scalar or [out], fp32. Raises as `convolve_spikes` does.
+    """
+    total, *one = convolved_shape(spikes, weight, stride, padding)
+    out, residual = _channels_last((total, *one)), _channels_last((total // steps, *one))
+    fired = torch.empty_like(residual) if count else residual.new_empty(0)
+    spikes = spikes.contiguous(memory_format=torch.channels_last)
+    plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
+    theta, start = (value.expand(one[0]).contiguous() for value in (theta, v0 * theta))
+    places = [None if tensor is None else tensor.data_ptr() for tensor in (spikes, weight, bias, plus, theta, start, out)]
+    _, *image = _sizes(spikes)
+    sizes = (steps, total // steps, *image, one[0], *weight.shape[:2], stride, padding)
+    results = (fired.data_ptr() if count else None, residual.data_ptr())
+    if shared_library().fire_events(*places, *results, *sizes, threads_for(out)):
+        raise RuntimeError("can't allocate memory for a convolution of spikes")
+    return out, fired, residual
+
+
+def convolved_shape(spikes: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    """[N, out, H, W] of the convolution of [N, C, H, W] by weight [rows, columns, C, out]. Raises RuntimeError where the kernel
+    is larger than the padded map.
+
+    >>> convolved_shape(torch.empty(2, 4, 9, 9), torch.empty(3, 3, 4, 8), stride=2, padding=1)
+    (2, 8, 5, 5)
+    """
+    images, _, height, width = spikes.shape
     rows, columns, _, outputs = weight.shape
     high, wide = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in ((height, rows), (width, columns)))
     if min(high, wide) < 1:
         raise RuntimeError(
             f"a kernel of {rows} x {columns} is larger than its padded input, [{height}, {width}] and {padding} around"
         )
-    shape, layout = (images, outputs, high, wide), torch.channels_last
-    out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)  # whatever torch's defaults are
-    places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
-    sizes = (images, height, width, channels, outputs, rows, columns, stride, padding)
-    if getattr(shared_library(), function)(*places, *sizes, threads_for(spikes)):
-        raise RuntimeError("can't allocate memory for a convolution of spikes")
-    return out
+    return images, outputs, high, wide
+
+
+def _channels_last(shape: tuple[int, ...]) -> Tensor:
+    """Room for fp32 numbers in main memory, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def _sizes(images: Tensor) -> tuple[int, int, int, int]:
+    """Images, height, width, channels, as the library asks for them."""
+    count, channels, height, width = images.shape
+    return count, height, width, channels
 
 
 def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tensor | None:

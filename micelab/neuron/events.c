@@ -1,8 +1,9 @@
-/* A convolution of spikes: a current is the bias and the weights of the spikes that its place sees, added in one order whatever
-   the batch and the number of threads. In layers of few channels, spikes of eight channels make a set, and the sums of all sets
-   are made beforehand; in wide ones, spikes are listed and their weights added one by one. Spikes, not 0 where there is one, and
-   currents have channels last in memory; weights are [rows][columns][channels][outputs], with theta multiplied in, outputs a
-   multiple of 16, and of 32 where spikes are listed. */
+/* A convolution of spikes, and the neurons that read it. A current is the bias and the weights of the spikes that its place sees,
+   added in one order whatever the batch and the number of threads. In layers of few channels, spikes of eight channels make a
+   set, and the sums of all sets are made beforehand; in wide ones, spikes are listed and their weights added one by one. Spikes,
+   not 0 where there is one, and currents have channels last in memory; weights are [rows][columns][channels][outputs], with theta
+   multiplied in, outputs a multiple of 16, and of 32 where spikes are listed.
+   Compiled without contraction, so that neurons round every sum and product as those in neuron.c do. */
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -18,10 +19,45 @@
 #define SETS (1 << GROUP)
 #define NARROW 32
 
+/* images of a step and what is read and written of them, [steps][images][high][wide][outputs]: currents, or, where there is a
+   theta, spikes of amplitude theta for those currents and the ones at `plus` (or NULL); theta and start are of each output,
+   residual and count (or NULL) [images][high][wide][outputs] */
 typedef struct {
-    const float *weights, *bias;
-    int64_t height, width, channels, outputs, rows, columns, stride, padding, high, wide;
+    const float *spikes, *weights, *bias, *plus, *theta, *start;
+    float *out, *count, *residual;
+    int64_t steps, images, height, width, channels, outputs, rows, columns, stride, padding, high, wide;
 } layer;
+
+/* the neurons of a line of places of one image before the first step, V vectors of outputs from `block` on */
+INLINE void begin(const layer *k, int64_t image, int64_t oy, int64_t block, const int V)
+{
+    if (!k->theta)
+        return;
+    int64_t at = (image * k->high + oy) * k->wide * k->outputs + block;
+    for (int64_t ox = 0; ox < k->wide; ox++, at += k->outputs)
+        for (int i = 0; i < V * LANES; i += LANES) {
+            keep(k->residual + at + i, load(k->start + block + i));
+            if (k->count)
+                keep(k->count + at + i, (vector){0});
+        }
+}
+
+/* LANES currents of one step: they go out, or charge the neurons at `here`, whose spikes do; `at`: where in the step's images */
+INLINE void send(const layer *k, vector current, int64_t at, int64_t here, int64_t output)
+{
+    if (k->theta) {
+        const vector theta = load(k->theta + output);
+        if (k->plus)
+            current += load(k->plus + at);
+        const vector v = load(k->residual + here) + current;
+        const vector spike = ones_where(v >= theta);
+        current = spike * theta;
+        keep(k->residual + here, v - current);
+        if (k->count)
+            keep(k->count + here, load(k->count + here) + spike);
+    }
+    keep(k->out + at, current);
+}
 
 /* the places of values that are not 0, counted from `from` on, into `list`; gives back how many they are. Writes up to 16 more. */
 INLINE int64_t listed(const float *values, int64_t size, int32_t from, int32_t *list)
@@ -100,117 +136,127 @@ INLINE void find_sets(const layer *k, const float *values, int32_t *found, const
     }
 }
 
-/* the currents of LANES outputs from `block` on: at each place the sums of the sets that it sees */
-INLINE void look_up(const layer *k, float *out, const int32_t *found, const float *sums, int64_t block, const int64_t rows,
-                    const int64_t columns, const int64_t groups)
+/* one line of places of one image at one step, LANES outputs from `block` on: at each place the sums of the sets that it sees */
+INLINE void look_up(const layer *k, const int32_t *found, const float *sums, int64_t step, int64_t image, int64_t oy, int64_t block,
+                    const int64_t rows, const int64_t columns, const int64_t groups)
 {
     const int64_t line = (k->width + 2 * k->padding) * groups;
-    for (int64_t oy = 0; oy < k->high; oy++)
-        for (int64_t ox = 0; ox < k->wide; ox++) {
-            const int32_t *seen = found + oy * k->stride * line + ox * k->stride * groups;
-            vector even = load(k->bias + block), odd = {0};
-            for (int64_t row = 0; row < rows; row++)
+    const int32_t *seen = found + oy * k->stride * line;
+    int64_t here = (image * k->high + oy) * k->wide * k->outputs + block;
+    const int64_t ahead = step * k->images * k->high * k->wide * k->outputs;
+    for (int64_t ox = 0; ox < k->wide; ox++, seen += k->stride * groups, here += k->outputs) {
+        vector even = load(k->bias + block), odd = {0};
 #pragma GCC unroll 3
-                for (int64_t column = 0; column < columns; column++)
+        for (int64_t row = 0; row < rows; row++)
+#pragma GCC unroll 3
+            for (int64_t column = 0; column < columns; column++)
 #pragma GCC unroll 4
-                    for (int64_t group = 0; group < groups; group++) {
-                        const vector sum = load(sums + seen[row * line + column * groups + group] + (row * columns + column) * LANES);
-                        if (group % 2)
-                            odd += sum;
-                        else
-                            even += sum;
-                    }
-            keep(out + (oy * k->wide + ox) * k->outputs + block, even + odd);
-        }
-}
-
-static void look_up_all(const layer *k, const float *values, float *out, int32_t *found, const float *sums, int64_t block)
-{
-    if (k->rows == 3 && k->columns == 3 && k->channels == 16) {
-        find_sets(k, values, found, 16);
-        look_up(k, out, found, sums, block, 3, 3, 2);
-    } else if (k->rows == 3 && k->columns == 3 && k->channels == 32) {
-        find_sets(k, values, found, 32);
-        look_up(k, out, found, sums, block, 3, 3, 4);
-    } else {
-        find_sets(k, values, found, k->channels);
-        look_up(k, out, found, sums, block, k->rows, k->columns, (k->channels + GROUP - 1) / GROUP);
+                for (int64_t group = 0; group < groups; group++) {
+                    const vector sum = load(sums + seen[row * line + column * groups + group] + (row * columns + column) * LANES);
+                    if (group % 2)
+                        odd += sum;
+                    else
+                        even += sum;
+                }
+        send(k, even + odd, ahead + here, here, block);
     }
 }
 
-/* the currents of V vectors of outputs from `block` on; list: the spikes' places in their row of the image, row after row;
-   start[y*(width + 1) + x]: where those of column x and beyond begin */
-INLINE void gather(const layer *k, float *out, const int32_t *list, const int64_t *start, int64_t block, const int V)
+/* all steps of one image; found: room for the places of all their sets */
+INLINE void by_sets(const layer *k, int32_t *found, const float *sums, int64_t image, int64_t block, const int64_t channels)
 {
-    for (int64_t oy = 0; oy < k->high; oy++)
-        for (int64_t ox = 0; ox < k->wide; ox++) {
-            vector even[V], odd[V];
+    const int64_t groups = (channels + GROUP - 1) / GROUP, pad = 2 * k->padding, size = (k->height + pad) * (k->width + pad) * groups;
+    for (int64_t step = 0; step < k->steps; step++)
+        find_sets(k, k->spikes + (step * k->images + image) * k->height * k->width * channels, found + step * size, channels);
+    for (int64_t oy = 0; oy < k->high; oy++) {
+        begin(k, image, oy, block, 1);
+        for (int64_t step = 0; step < k->steps; step++)
+            look_up(k, found + step * size, sums, step, image, oy, block, 3, 3, groups);
+    }
+}
+
+/* one line of places of one image at one step, V vectors of outputs from `block` on; list: the spikes' places in their row of the
+   image, row after row; start[y*(width + 1) + x]: where those of column x and beyond begin */
+INLINE void gather(const layer *k, const int32_t *list, const int64_t *start, int64_t step, int64_t image, int64_t oy, int64_t block,
+                   const int V)
+{
+    int64_t here = (image * k->high + oy) * k->wide * k->outputs + block;
+    const int64_t ahead = step * k->images * k->high * k->wide * k->outputs;
+    for (int64_t ox = 0; ox < k->wide; ox++, here += k->outputs) {
+        vector even[V], odd[V];
 #pragma GCC unroll 8
-            for (int i = 0; i < V; i++) {
-                even[i] = load(k->bias + block + i * LANES);
-                odd[i] = (vector){0};
-            }
-            const int64_t left = ox * k->stride - k->padding, right = left + k->columns;
-            const int64_t from = left < 0 ? 0 : left, to = right > k->width ? k->width : right;
-            for (int64_t row = 0; row < k->rows && from < to; row++) {
-                const int64_t y = oy * k->stride - k->padding + row;
-                if (y < 0 || y >= k->height)
-                    continue;
-                const int32_t *at = list + start[y * (k->width + 1) + from], *end = list + start[y * (k->width + 1) + to];
-                const float *weights = k->weights + block;
-                const int64_t base = (row * k->columns - left) * k->channels;
-                for (; at + 1 < end; at += 2) {
-                    const float *first = weights + (base + at[0]) * k->outputs, *second = weights + (base + at[1]) * k->outputs;
-#pragma GCC unroll 8
-                    for (int i = 0; i < V; i++) {
-                        even[i] += load(first + i * LANES);
-                        odd[i] += load(second + i * LANES);
-                    }
-                }
-                if (at < end)
-#pragma GCC unroll 8
-                    for (int i = 0; i < V; i++)
-                        even[i] += load(weights + (base + at[0]) * k->outputs + i * LANES);
-            }
-#pragma GCC unroll 8
-            for (int i = 0; i < V; i++)
-                keep(out + (oy * k->wide + ox) * k->outputs + block + i * LANES, even[i] + odd[i]);
+        for (int i = 0; i < V; i++) {
+            even[i] = load(k->bias + block + i * LANES);
+            odd[i] = (vector){0};
         }
+        const int64_t left = ox * k->stride - k->padding, right = left + k->columns;
+        const int64_t from = left < 0 ? 0 : left, to = right > k->width ? k->width : right;
+        for (int64_t row = 0; row < k->rows && from < to; row++) {
+            const int64_t y = oy * k->stride - k->padding + row;
+            if (y < 0 || y >= k->height)
+                continue;
+            const int32_t *at = list + start[y * (k->width + 1) + from], *end = list + start[y * (k->width + 1) + to];
+            const float *weights = k->weights + block;
+            const int64_t base = (row * k->columns - left) * k->channels;
+            for (; at + 1 < end; at += 2) {
+                const float *first = weights + (base + at[0]) * k->outputs, *second = weights + (base + at[1]) * k->outputs;
+#pragma GCC unroll 8
+                for (int i = 0; i < V; i++) {
+                    even[i] += load(first + i * LANES);
+                    odd[i] += load(second + i * LANES);
+                }
+            }
+            if (at < end)
+#pragma GCC unroll 8
+                for (int i = 0; i < V; i++)
+                    even[i] += load(weights + (base + at[0]) * k->outputs + i * LANES);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < V; i++)
+            send(k, even[i] + odd[i], ahead + here + i * LANES, here + i * LANES, block + i * LANES);
+    }
 }
 
-static void gather_all(const layer *k, float *out, const int32_t *list, const int64_t *start)
+/* all steps of one image; list and start: room for the spikes of all of them */
+INLINE void by_lists(const layer *k, int32_t *list, int64_t *start, int64_t image, int64_t block, const int V)
 {
-    int64_t block = 0;
-    for (; k->outputs - block >= 4 * LANES; block += 4 * LANES)
-        gather(k, out, list, start, block, 4);
-    for (; block < k->outputs; block += 2 * LANES)
-        gather(k, out, list, start, block, 2);
+    const int64_t size = k->height * (k->width + 1);
+    for (int64_t oy = 0; oy < k->high; oy++) {
+        begin(k, image, oy, block, V);
+        for (int64_t step = 0; step < k->steps; step++)
+            gather(k, list, start + step * size, step, image, oy, block, V);
+    }
 }
 
-static int convolve_lists(const layer *k, const float *spikes, float *out, int64_t images, int threads)
+static int with_lists(const layer *k, int threads)
 {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int32_t *list = malloc((k->height * k->width * k->channels + 16) * sizeof *list);
-        int64_t *start = malloc(k->height * (k->width + 1) * sizeof *start);
+        int32_t *list = malloc((k->steps * k->height * k->width * k->channels + 16) * sizeof *list);
+        int64_t *start = malloc(k->steps * k->height * (k->width + 1) * sizeof *start);
         if (!list || !start) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
-        for (int64_t image = 0; image < images; image++) {
+        for (int64_t image = 0; image < k->images; image++) {
             if (!list || !start)
                 continue;
-            const float *values = spikes + image * k->height * k->width * k->channels;
-            int64_t found = 0;
-            for (int64_t y = 0; y < k->height; y++)
-                for (int64_t x = 0; x <= k->width; x++) {
-                    start[y * (k->width + 1) + x] = found;
-                    if (x < k->width)
-                        found += listed(values + (y * k->width + x) * k->channels, k->channels, x * k->channels, list + found);
-                }
-            gather_all(k, out + image * k->high * k->wide * k->outputs, list, start);
+            int64_t found = 0, *next = start;
+            for (int64_t step = 0; step < k->steps; step++) {
+                const float *values = k->spikes + (step * k->images + image) * k->height * k->width * k->channels;
+                for (int64_t y = 0; y < k->height; y++, *next++ = found)
+                    for (int64_t x = 0; x < k->width; x++, values += k->channels) {
+                        *next++ = found;
+                        found += listed(values, k->channels, x * k->channels, list + found);
+                    }
+            }
+            int64_t block = 0;
+            for (; k->outputs - block >= 4 * LANES; block += 4 * LANES)
+                by_lists(k, list, start, image, block, 4);
+            for (; block < k->outputs; block += 2 * LANES)
+                by_lists(k, list, start, image, block, 2);
         }
         free(list);
         free(start);
@@ -218,27 +264,28 @@ static int convolve_lists(const layer *k, const float *spikes, float *out, int64
     return failed;
 }
 
-static int convolve_sets(const layer *k, const float *spikes, float *out, int64_t images, int threads)
+static int with_sets(const layer *k, int threads)
 {
-    const int64_t groups = (k->channels + GROUP - 1) / GROUP, edge = 2 * k->padding;
+    const int64_t groups = (k->channels + GROUP - 1) / GROUP, pad = 2 * k->padding;
     float *sums = aligned_alloc(64, groups * SETS * k->rows * k->columns * LANES * sizeof *sums);
     int failed = !sums;
     for (int64_t block = 0; block < k->outputs && !failed; block += LANES) {
         sum_sets(k, block, sums);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            int32_t *found = malloc((k->height + edge) * (k->width + edge) * groups * sizeof *found);
+            int32_t *found = malloc(k->steps * (k->height + pad) * (k->width + pad) * groups * sizeof *found);
             if (!found) {
 #pragma omp atomic write
                 failed = 1;
             }
 #pragma omp for schedule(static)
-            for (int64_t image = 0; image < images; image++) {
-                if (!found)
-                    continue;
-                look_up_all(k, spikes + image * k->height * k->width * k->channels, out + image * k->high * k->wide * k->outputs,
-                            found, sums, block);
-            }
+            for (int64_t image = 0; image < k->images; image++)
+                if (found && k->channels == 16)
+                    by_sets(k, found, sums, image, block, 16);
+                else if (found && k->channels == 32)
+                    by_sets(k, found, sums, image, block, 32);
+                else if (found)
+                    by_sets(k, found, sums, image, block, k->channels);
             free(found);
         }
     }
@@ -246,13 +293,23 @@ static int convolve_sets(const layer *k, const float *spikes, float *out, int64_
     return failed;
 }
 
-/* 0, or 1 where there is no memory for the sums or the lists */
+/* 0, or 1 where there is no memory for the sums or the lists. Without theta there are no neurons, and every image is a step's */
+int fire_events(const float *spikes, const float *weights, const float *bias, const float *plus, const float *theta,
+                const float *start, float *out, float *count, float *residual, int64_t steps, int64_t images, int64_t height,
+                int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding,
+                int threads)
+{
+    const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
+    const layer k = {spikes, weights, bias, plus, theta, start, out, count, residual, steps, images, height, width, channels,
+                     outputs, rows, columns, stride, padding, high, wide};
+    const int sets = channels <= NARROW && rows == 3 && columns == 3;
+    return sets ? with_sets(&k, threads) : with_lists(&k, threads);
+}
+
 int convolve_events(const float *spikes, const float *weights, const float *bias, float *out, int64_t images, int64_t height,
                     int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
                     int64_t padding, int threads)
 {
-    const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
-    const layer k = {weights, bias, height, width, channels, outputs, rows, columns, stride, padding, high, wide};
-    const int sets = channels <= NARROW && rows == 3 && columns == 3;
-    return (sets ? convolve_sets : convolve_lists)(&k, spikes, out, images, threads);
+    return fire_events(spikes, weights, bias, 0, 0, 0, out, 0, 0, 1, images, height, width, channels, outputs, rows, columns,
+                       stride, padding, threads);
 }
