@@ -4,8 +4,9 @@
 
 The spikes are those of a real network for real test images, the convolution is the layer that reads them; milliseconds of the
 process, one thread, the lowest of `--rounds`. "followed" is micelab's own (`precision="events"`): for each place of the output
-the weights of the spikes that it sees, added in registers. "matrix unit": all of them, by AMX, where the processor has it
-(`precision="bf16x3"`). "scattered": each spike adds its weights to nine places, by torch.
+the weights of the spikes that it sees, added in registers, in narrow layers by eights whose sums were made before. "matrix
+unit": all of them, by AMX, where the processor has it (`precision="bf16x3"`). "scattered": each spike adds its weights to nine
+places, by torch.
 "columns": the places that a kernel sees as rows of a sparse matrix (CSR), times the weights; "product alone" leaves out how the
 rows come about. "packed": all steps of a neuron as the bits of one byte, which a convolution with real weights must unpack first:
 what packing and unpacking cost alone.
@@ -78,10 +79,11 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     seen = rows(flat)
     silent = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False).requires_grad_(False)
     silent.weight.copy_(weight)
+    compiled = {name: way.kind(silent, torch.ones(())) for name, way in WAYS.items() if way.is_here("cpu")}
     ways = {
         "dense": lambda: F.conv2d(flat, weight, padding=1),
-        "followed": lambda: WAYS["events"].of(flat, silent, torch.ones(())).currents(),
-        "matrix unit": lambda: WAYS["bf16x3"].of(flat, silent, torch.ones(())).currents(),
+        "followed": lambda: compiled["events"].currents(flat),
+        "matrix unit": lambda: compiled["bf16x3"].currents(flat),
         "scattered": lambda: scattered(flat, weight),
         "columns": lambda: product(rows(flat), weight, flat.shape),
         "columns, product alone": lambda: product(seen, weight, flat.shape),
@@ -89,9 +91,7 @@ def measured(spikes: Tensor, conv: nn.Conv2d, rounds: int) -> dict[str, Any]:
     expected = ways["dense"]()
     found: dict[str, Any] = {"rate": round(float(spikes.mean()), 3), "shape": list(flat.shape)}
     for name, work in ways.items():
-        if name == "followed" and conv.out_channels % WAYS["events"].multiple:
-            continue  # too narrow for it
-        if name == "matrix unit" and not WAYS["bf16x3"].is_here("cpu"):
+        if name == "matrix unit" and "bf16x3" not in compiled:
             continue
         found[name] = {"ms": milliseconds(work, rounds), "difference": float((work() - expected).abs().max())}
     return found | {"packed": {"ms": milliseconds(lambda: packed(spikes), rounds)}}

@@ -12,7 +12,7 @@ from micelab.exceptions import InputError
 from micelab.models import resnet20
 from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
-from micelab.network.spike_convolutions import WAYS, Convolution, Way
+from micelab.network.spike_convolutions import WAYS
 from micelab.neuron import compiled
 from micelab.neuron.firing import IntegrateFire
 
@@ -20,7 +20,7 @@ LACKING = {"events": "no C compiler works here", "bf16x3": "no matrix unit (AMX)
 EITHER = [
     pytest.param(name, marks=pytest.mark.skipif(not way.is_here("cpu"), reason=LACKING[name])) for name, way in WAYS.items()
 ]
-FIRING = [each for each in EITHER if WAYS[each.values[0]].fires]
+FIRING = [each for each in EITHER if WAYS[each.values[0]].kind.fires]
 
 
 def pictures(images=5):
@@ -59,7 +59,7 @@ def test_the_currents_are_those_of_a_dense_convolution(name, channels, kernel, s
     for theta, rate in ((torch.tensor(0.7), 0.2), (torch.linspace(0.3, 2, channels[0]), 0.5), (torch.tensor(1.0), 0.0)):
         for shape in shapes:
             spikes = sent(shape, rate, theta)
-            found = WAYS[name].of(spikes, layer, theta).currents()
+            found = WAYS[name].kind(layer, theta).currents(spikes)
             assert found.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(found, layer(spikes), rtol=1e-5, atol=1e-5)
 
@@ -70,10 +70,10 @@ def test_sums_are_the_same_bits_for_any_number_of_images_and_threads(name, threa
     layer, theta = nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
     spikes = sent((40, 32, 16, 16), 0.2, theta)
     threads(1)
-    expected = WAYS[name].of(spikes, layer, theta).currents()
+    expected = WAYS[name].kind(layer, theta).currents(spikes)
     threads(3)
-    assert torch.equal(expected, WAYS[name].of(spikes, layer, theta).currents())
-    assert torch.equal(expected[7:9], WAYS[name].of(spikes[7:9], layer, theta).currents())
+    assert torch.equal(expected, WAYS[name].kind(layer, theta).currents(spikes))
+    assert torch.equal(expected[7:9], WAYS[name].kind(layer, theta).currents(spikes[7:9]))
 
 
 @pytest.fixture
@@ -119,7 +119,8 @@ def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_aft
     torch.manual_seed(0)
     layer, sender = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2).requires_grad_(False), torch.tensor(0.7)
     steps, images = 6, 5
-    due = WAYS[name].of(sent((steps * images, channels, 13, 11), 0.2, sender), layer, sender)
+    spikes, by = sent((steps * images, channels, 13, 11), 0.2, sender), WAYS[name].kind(layer, sender)
+    due = by.due(spikes)
     more = torch.randn(due.shape).contiguous(memory_format=torch.channels_last) if plus else None
     theta = torch.linspace(0.3, 0.9, outputs) if each else torch.tensor(0.5)
     neurons = IntegrateFire(theta, torch.linspace(-0.2, 1, outputs) if each else 0.5)
@@ -127,21 +128,22 @@ def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_aft
     did = neurons.respond(expected if more is None else expected + more.unflatten(0, (steps, images)), expected, steps)
     for number in (1, 3):
         threads(number)
-        out, found = due.fire(neurons, steps, True, more)
+        out, found = by.fire(spikes, neurons, steps, True, more)
         assert torch.equal(out.unflatten(0, (steps, images)), expected)
         assert torch.equal(found.count, did.count)
         assert torch.equal(found.residual, did.residual)
         assert 0 < did.count.mean() < steps
-    assert torch.equal(due.fire(neurons, steps, False, more)[0], out)
+    assert torch.equal(by.fire(spikes, neurons, steps, False, more)[0], out)
 
 
 @pytest.mark.parametrize("name", FIRING)
 def test_a_network_fires_with_its_convolutions_wherever_plain_neurons_read_them(name, wide, monkeypatch):
     fired = []
-    monkeypatch.setattr(Convolution, "fire", lambda due, *rest, fire=Convolution.fire: fired.append(due) or fire(due, *rest))
+    kind = WAYS[name].kind
+    monkeypatch.setattr(kind, "fire", lambda self, *rest, fire=kind.fire: fired.append(self) or fire(self, *rest))
     together = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
     assert len(fired) == 18  # of 19 layers: the first reads the images
-    monkeypatch.setattr(Way, "takes_along", lambda *_: False)
+    monkeypatch.setattr(kind, "takes_along", lambda *_: False)
     apart = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
     assert len(fired) == 18
     assert torch.equal(together.logits, apart.logits)
@@ -193,7 +195,7 @@ def test_a_float_is_the_sum_of_its_three_parts(name):
     layer = nn.Conv2d(1, 16, 1, bias=False).requires_grad_(False)
     layer.weight.copy_(values)
     spikes = torch.ones(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
-    found = WAYS[name].of(spikes, layer, torch.tensor(1.0)).currents()
+    found = WAYS[name].kind(layer, torch.tensor(1.0)).currents(spikes)
     assert torch.equal(found, values.view(1, 16, 1, 1).expand_as(found))
 
 
@@ -231,10 +233,11 @@ def test_where_it_is_not_here_fp32_is_used_and_the_log_says_so_once(name, what, 
 
 @pytest.mark.parametrize("name", EITHER)
 def test_memory_that_does_not_suffice_is_said_as_such(name, monkeypatch):
-    function = WAYS[name].function
-    monkeypatch.setattr(compiled.shared_library(), function, lambda *_: 1, raising=False)
+    layer = WAYS[name].kind(nn.Conv2d(32, 32, 3, 1, 1).requires_grad_(False), torch.tensor(1.0))
+    for function in ("fire_events", "convolve_matrix"):
+        monkeypatch.setattr(compiled.shared_library(), function, lambda *_: 1, raising=False)
     with pytest.raises(RuntimeError) as caught:
-        compiled.convolve_spikes(function, torch.zeros(1, 32, 4, 4), torch.zeros(3, 3, 32, 32), torch.zeros(32), 1, 1)
+        layer.currents(torch.zeros(1, 32, 4, 4))
     assert machine.ran_out(caught.value)
 
 
@@ -243,7 +246,7 @@ def test_a_spike_beside_the_edge_is_seen_where_it_is(name):
     spikes = torch.zeros(1, 32, 3, 3)
     spikes[0, 5, 2, 0] = 1.0
     layer = nn.Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
-    assert torch.equal(WAYS[name].of(spikes, layer, torch.tensor(1.0)).currents(), F.conv2d(spikes, layer.weight, padding=1))
+    assert torch.equal(WAYS[name].kind(layer, torch.tensor(1.0)).currents(spikes), F.conv2d(spikes, layer.weight, padding=1))
 
 
 @pytest.fixture
@@ -285,7 +288,7 @@ def test_the_numbers_do_not_depend_on_torchs_defaults(name, setting, wide):
                 assert WAYS[name].is_here("cpu")
                 layer = wide.layers.get_submodule("blocks.4.conv2")
                 spikes = sent_on_cpu((2, 32, 8, 8))
-                found = WAYS[name].of(spikes, layer, torch.tensor(0.5, device="cpu")).currents()
+                found = WAYS[name].kind(layer, torch.tensor(0.5, device="cpu")).currents(spikes)
         else:
             torch.set_default_dtype(getattr(torch, setting))
             found = None if WAYS[name].is_here("cpu") else pytest.fail("not found")
@@ -307,5 +310,5 @@ def test_a_threshold_of_another_type_counts_in_that_of_the_weights(name):
     layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     theta = torch.linspace(0.5, 2, 32)
     spikes = sent((2, 32, 6, 6), 0.3, theta)
-    found, expected = (WAYS[name].of(spikes, layer, value).currents() for value in (theta.double(), theta))
+    found, expected = (WAYS[name].kind(layer, value).currents(spikes) for value in (theta.double(), theta))
     assert torch.equal(found, expected)

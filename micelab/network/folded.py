@@ -18,7 +18,7 @@ from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
 from micelab.network.records import LayerRun, Record
-from micelab.network.spike_convolutions import WAYS, Convolution, Way
+from micelab.network.spike_convolutions import WAYS, ByEvents, Due, SpikeConvolution
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -51,13 +51,22 @@ class _Probe(LayerRunner):
 class TimeFolded(LayerRunner):
     """Runs `steps` steps of n images, of which T = `time_steps` count (all, unless the neurons ask for more).
 
-    Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did.
+    Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did;
+    `prepared` what is made of its weights for all images, which others who run the same layers may share.
     """
 
     def __init__(
-        self, layers: fx.GraphModule, time_steps: int, images: int, record: Record, spikes: bool, precision: str = "fp32"
+        self,
+        layers: fx.GraphModule,
+        time_steps: int,
+        images: int,
+        record: Record,
+        spikes: bool,
+        precision: str = "fp32",
+        prepared: dict[str, SpikeConvolution] | None = None,
     ):
         super().__init__(layers)
+        self.prepared = {} if prepared is None else prepared
         self.time_steps, self.images, self.record, self.spikes = time_steps, images, record, spikes
         self.keeps_membranes = bool(record) and record != "counts"
         self.precision = precision
@@ -82,7 +91,7 @@ class TimeFolded(LayerRunner):
         if tensors and isinstance(self.env[tensors[0]], tuple):
             return self._join(module_of(self.traced, str(n.target)), self.env[tensors[0]], tensors[0].all_input_nodes)
         for source in tensors:
-            if isinstance(due := self.env[source], Convolution):
+            if isinstance(due := self.env[source], Due):
                 if is_activation(self.traced, n) and self.joins(neurons := module_of(self.traced, str(n.target))):
                     return self._fire_with(due, neurons)
                 self.env[source] = due.currents()
@@ -118,21 +127,23 @@ class TimeFolded(LayerRunner):
         if way := WAYS.get(self.precision):
             if not way.suits(module, neuron):
                 return super().call_module(target, args, kwargs)
-            due = way.of(args[0], module, neuron.theta)
-            return due if self._is_taken_along(way) else due.currents()
+            if target not in self.prepared:
+                self.prepared[target] = way.kind(module, neuron.theta)
+            convolution = self.prepared[target]
+            return convolution.due(args[0]) if self._is_taken_along(convolution) else convolution.currents(args[0])
         if not int8.suits(module, neuron):
             return super().call_module(target, args, kwargs)
         if source not in self.bytes:  # for all who read these spikes; older ones are done with
             self.bytes = {source: as_bytes(args[0])}
         return int8.convolve(self.bytes[source], int8.packed(module, neuron.theta, list(args[0].shape)))
 
-    def _is_taken_along(self, way: Way) -> bool:
+    def _is_taken_along(self, convolution: SpikeConvolution) -> bool:
         """Whether the convolution at hand waits for the neurons that read it, or its sum with something else of its shape."""
         readers = list(self.node.users)
         if len(readers) == 1 and readers[0].target in (operator.add, torch.add):
             readers = list(readers[0].users)
         taken = len(readers) == 1 and is_activation(self.traced, readers[0])
-        return taken and way.takes_along(module_of(self.traced, str(readers[0].target)))
+        return taken and convolution.takes_along(module_of(self.traced, str(readers[0].target)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A size is what it is for one step's images; a reshape to so many images is one to all steps' images."""
@@ -196,10 +207,10 @@ class TimeFolded(LayerRunner):
 
     def _join(self, module: Any, summands: tuple[Any, Any], sources: list[fx.Node]) -> Tensor:
         """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
-        due = [summand for summand in summands if isinstance(summand, Convolution)]
+        due = [summand for summand in summands if isinstance(summand, Due)]
         if due:
             other = summands[0] if due[0] is summands[1] else summands[1]
-            return self._fire_with(due[0], module, other.currents() if isinstance(other, Convolution) else other)
+            return self._fire_with(due[0], module, other.currents() if isinstance(other, Due) else other)
         rooms = zip(summands, sources, strict=True)
         out = next((z for z, source in rooms if self.is_room(source)), None)
         out = torch.empty_like(summands[0]) if out is None else out
@@ -207,9 +218,10 @@ class TimeFolded(LayerRunner):
         self.fire_sum(module, first, second, steps)
         return out
 
-    def _fire_with(self, due: Convolution, module: Any, plus: Tensor | None = None) -> Tensor:
+    def _fire_with(self, due: Due, module: Any, plus: Tensor | None = None) -> Tensor:
         """theta*s(t) of neurons that are done with the convolution that makes their currents, or the sum with `plus`."""
-        out, did = due.fire(module, self.steps, bool(self.record), plus)
+        assert isinstance(due.convolution, ByEvents)
+        out, did = due.convolution.fire(due.spikes, module, self.steps, bool(self.record), plus)
         if self.record:
             steps = out.unflatten(0, (self.steps, self.images))
             self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, steps)

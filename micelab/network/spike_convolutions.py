@@ -6,6 +6,7 @@ not at all. Layers that do not suit a way convolve as ever.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,47 +16,106 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from micelab.neuron.compiled import convolve_spikes, convolved_shape, fire_convolved, shared_library
+from micelab.neuron.compiled import convolve_by_matrix, convolved_shape, fire_convolved, shared_library, sums_of_sets
 from micelab.neuron.firing import Firing, IntegrateFire
 
 
+class SpikeConvolution(ABC):
+    """A convolution of spikes of amplitude theta (scalar or [C]), as one way does it; made once for all images.
+
+    `weight` [rows, columns, C, out] holds theta; which layers it may be is told by `Way.suits`.
+    """
+
+    fires = False
+    """Whether the neurons that read the currents can be done with them."""
+
+    def __init__(self, convolution: Any, theta: Tensor):
+        theta = theta.to(convolution.weight.dtype)
+        weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+        self.weight = weight.permute(2, 3, 1, 0).contiguous()
+        self.bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+        self.stride, self.padding = convolution.stride[0], convolution.padding[0]
+
+    @staticmethod
+    @abstractmethod
+    def serves(convolution: nn.Conv2d) -> bool:
+        """Whether it takes a layer of so many channels with such a kernel."""
+
+    @abstractmethod
+    def currents(self, spikes: Tensor) -> Tensor:
+        """[N, out, H, W], channels_last, of spikes [N, C, H, W], fp32."""
+
+    def due(self, spikes: Tensor) -> Due:
+        """The same, to be done later. Raises RuntimeError where the kernel is larger than the padded map."""
+        return Due(self, spikes, torch.Size(convolved_shape(spikes, self.weight, self.stride, self.padding)))
+
+    def takes_along(self, neurons: Any) -> bool:
+        """Whether these neurons, which read the currents, can be done with them."""
+        return self.fires and neurons.adds and not neurons.signed and neurons.theta.dtype == torch.float32
+
+
+class ByEvents(SpikeConvolution):
+    """Spikes add their weights where they are seen, by eights whose sums are known or one by one; silence is nearly free."""
+
+    fires = True
+
+    def __init__(self, convolution: Any, theta: Tensor):
+        super().__init__(convolution, theta)
+        self.sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
+
+    @staticmethod
+    def by_sets(convolution: nn.Conv2d) -> bool:
+        """In wide layers most sets are so rare, and large kernels have so many places, that their sums are not at hand."""
+        return convolution.in_channels <= 32 and convolution.kernel_size == (3, 3)
+
+    @staticmethod
+    def serves(convolution: nn.Conv2d) -> bool:
+        """Else the search for spikes costs more than the weights of the silent."""
+        if ByEvents.by_sets(convolution):
+            return convolution.in_channels >= 16 and convolution.out_channels % 16 == 0
+        return convolution.in_channels >= 32 and convolution.out_channels % 32 == 0
+
+    def currents(self, spikes: Tensor) -> Tensor:
+        return fire_convolved(spikes, self.weight, self.sums, self.bias, self.stride, self.padding)[0]
+
+    def fire(self, spikes: Tensor, neurons: IntegrateFire, steps: int, count: bool, plus: Tensor | None) -> tuple[Tensor, Firing]:
+        """Spikes of amplitude theta [steps*n, out, H, W] of the neurons that these currents, and `plus` like them, charge."""
+        given = (spikes, self.weight, self.sums, self.bias, self.stride, self.padding)
+        out, fired, residual = fire_convolved(*given, steps, (neurons.theta, neurons.v0), count, plus)
+        return out, Firing(fired, residual, neurons.v0)
+
+
+class ByMatrixUnit(SpikeConvolution):
+    """Weights as sums of three bf16 numbers, which is exact, on processors with AMX."""
+
+    @staticmethod
+    def serves(convolution: nn.Conv2d) -> bool:
+        return convolution.out_channels % 16 == 0
+
+    def currents(self, spikes: Tensor) -> Tensor:
+        return convolve_by_matrix(spikes, self.weight, self.bias, self.stride, self.padding)
+
+
 @dataclass(frozen=True)
-class Convolution:
-    """A convolution yet to be done: of `spikes` [N, C, H, W] by `weight` [rows, columns, C, out], theta multiplied in, to
-    currents of `shape` [N, out, H, W]."""
+class Due:
+    """Currents of `shape` [N, out, H, W] that are yet to be made of spikes [N, C, H, W]."""
 
-    function: str
+    convolution: SpikeConvolution
     spikes: Tensor
-    weight: Tensor
-    bias: Tensor
-    stride: int
-    padding: int
     shape: torch.Size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the currents."""
-        return torch.float32
+    dtype = torch.float32
 
     def currents(self) -> Tensor:
-        """They themselves, channels_last."""
-        return convolve_spikes(self.function, self.spikes, self.weight, self.bias, self.stride, self.padding)
-
-    def fire(self, neurons: IntegrateFire, steps: int, count: bool, plus: Tensor | None = None) -> tuple[Tensor, Firing]:
-        """Spikes of amplitude theta [steps*n, out, H, W] of the neurons that these currents, and those of `plus`, charge."""
-        given = (self.spikes, self.weight, self.bias, self.stride, self.padding)
-        out, fired, residual = fire_convolved(*given, steps, neurons.theta, neurons.v0, count, plus)
-        return out, Firing(fired, residual, neurons.v0)
+        """They themselves."""
+        return self.convolution.currents(self.spikes)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: `function` of the library takes the convolutions that it `serves`; `fires`: neurons can go along."""
+    """One way: `kind` does the convolutions that it serves, where it `works`."""
 
-    function: str
-    serves: Callable[[nn.Conv2d], bool]
+    kind: type[SpikeConvolution]
     works: Callable[[], bool]
-    fires: bool = False
 
     def is_here(self, device: str) -> bool:
         """Whether it works on this device."""
@@ -67,22 +127,7 @@ class Way:
             return False
         square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
         plain = square and convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
-        return plain and convolution.weight.dtype == torch.float32 and self.serves(convolution)
-
-    def takes_along(self, neurons: Any) -> bool:
-        """Whether these neurons, which read the currents of a convolution, can be done with it."""
-        return self.fires and neurons.adds and not neurons.signed and neurons.theta.dtype == torch.float32
-
-    def of(self, spikes: Tensor, convolution: Any, theta: Tensor) -> Convolution:
-        """Of spikes [N, in, H, W] of amplitude theta (scalar or [in]), fp32. Raises RuntimeError where the kernel is larger than
-        the padded map."""
-        theta = theta.to(convolution.weight.dtype)
-        weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
-        bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
-        ordered = weight.permute(2, 3, 1, 0).contiguous()
-        stride, padding = convolution.stride[0], convolution.padding[0]
-        shape = torch.Size(convolved_shape(spikes, ordered, stride, padding))
-        return Convolution(self.function, spikes, ordered, bias, stride, padding, shape)
+        return plain and convolution.weight.dtype == torch.float32 and self.kind.serves(convolution)
 
 
 def _has_compiler() -> bool:
@@ -102,21 +147,10 @@ def _has_matrix_unit() -> bool:
         ordered, bias = weight.permute(2, 3, 1, 0).contiguous(), torch.zeros(16, dtype=torch.float32)
         for stride in (1, 2):
             expected = F.conv2d(spikes.double(), weight.double(), None, stride, 1).float()
-            if not torch.equal(convolve_spikes("convolve_matrix", spikes, ordered, bias, stride, 1), expected):
+            if not torch.equal(convolve_by_matrix(spikes, ordered, bias, stride, 1), expected):
                 return False
     return True
 
 
-def _by_events(convolution: nn.Conv2d) -> bool:
-    """Below 32 channels, 3x3 weights alone are enough to pay for finding the spikes."""
-    if convolution.in_channels <= 32 and convolution.kernel_size == (3, 3):
-        return convolution.in_channels >= 16 and convolution.out_channels % 16 == 0
-    return convolution.in_channels >= 32 and convolution.out_channels % 32 == 0
-
-
-WAYS = {
-    "events": Way("convolve_events", _by_events, _has_compiler, fires=True),
-    "bf16x3": Way("convolve_matrix", lambda convolution: convolution.out_channels % 16 == 0, _has_matrix_unit),
-}
-"""events: spikes add their weights where they are seen, by eights whose sums are known or one by one, and silence costs next to
-nothing. bf16x3: weights as sums of three bf16 numbers, which is exact, on processors with AMX."""
+WAYS = {"events": Way(ByEvents, _has_compiler), "bf16x3": Way(ByMatrixUnit, _has_matrix_unit)}
+"""By the precision that asks for it."""

@@ -21,7 +21,7 @@ from micelab.network.folded import TimeFolded, largest_layer, steps_to_run
 from micelab.network.memory import Pace, device_budget, in_chunks
 from micelab.network.records import Record, SimulationRun
 from micelab.network.replay import Replay
-from micelab.network.spike_convolutions import WAYS
+from micelab.network.spike_convolutions import WAYS, SpikeConvolution
 from micelab.neuron.firing import IntegrateFire
 
 CACHE_BUDGET = 8 * 2**20
@@ -159,8 +159,10 @@ class SpikingNetwork(nn.Module):
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
+        prepared: dict[str, SpikeConvolution] = {}
+
         def work(part: Tensor) -> SimulationRun:
-            return self._simulate(part, time_steps, record, spikes, precision)
+            return self._simulate(part, time_steps, record, spikes, precision, prepared)
 
         lanes = self._lanes(images)
         size = chunk or (self.chunk(images, time_steps, precision) if len(images) > 1 else 1)
@@ -222,9 +224,17 @@ class SpikingNetwork(nn.Module):
         say_lacking(str(device), _LACKING[precision])
         return "fp32"
 
-    def _simulate(self, images: Tensor, time_steps: int, record: Record, spikes: bool, precision: str = "fp32") -> SimulationRun:
+    def _simulate(
+        self,
+        images: Tensor,
+        time_steps: int,
+        record: Record,
+        spikes: bool,
+        precision: str = "fp32",
+        prepared: dict[str, SpikeConvolution] | None = None,
+    ) -> SimulationRun:
         with torch.inference_mode(), sums_of_products(self.most_steps is not None):
-            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision)
+            runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision, prepared)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
             mean = outputs.cumsum(0) / steps.view(-1, *[1] * (outputs.dim() - 1))

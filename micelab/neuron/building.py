@@ -23,7 +23,7 @@ OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPI
 
 FUNCTIONS = (
     *("fire", "ones", "staircase", "rate_gradient", "time_gradient"),
-    *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels"),
+    *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels", "sum_sets"),
 )
 
 
@@ -57,8 +57,9 @@ def load(cc: str) -> Any:
         library.normed_gradient.argtypes = [place] * 9 + [number] * 2 + [size] * 4 + [flag] * 3
         library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
-        library.convolve_events.argtypes = library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
-        library.fire_events.argtypes = [place] * 9 + [size] * 10 + [flag]
+        library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
+        library.sum_sets.argtypes = [place] * 2 + [size] * 3
+        library.fire_events.argtypes = [place] * 10 + [size] * 10 + [flag]
         for function in FUNCTIONS:
             getattr(library, function).restype = None
         return library

@@ -30,6 +30,8 @@ BLOCK = 4096
 LONGEST = 256
 """More steps than that the kernel of `time_gradient` has no room for, as in lanes.h."""
 
+NO_MEMORY = "can't allocate memory for a convolution of spikes"
+
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
 
@@ -74,10 +76,9 @@ def as_bytes(values: Tensor) -> Tensor:
     return made
 
 
-def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def convolve_by_matrix(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of spikes [N, C, H, W] (not 0 where there is one) by weight [rows, columns, C, out], theta multiplied in,
-    with bias [out], fp32: [N, out, H, W], channels_last. function: "convolve_events" (out a multiple of 32, of 16 where at most
-    32 channels meet 3x3 weights) or "convolve_matrix" (of 16).
+    with bias [out], fp32: [N, out, H, W], channels_last, by the processor's matrix unit. out: a multiple of 16.
 
     Raises RuntimeError where the kernel is larger than the padded map, and where the memory does not suffice.
     """
@@ -85,41 +86,54 @@ def convolve_spikes(function: str, spikes: Tensor, weight: Tensor, bias: Tensor,
     spikes = spikes.contiguous(memory_format=torch.channels_last)
     places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
     sizes = (*_sizes(spikes), weight.shape[3], *weight.shape[:2], stride, padding)
-    if getattr(shared_library(), function)(*places, *sizes, threads_for(spikes)):
-        raise RuntimeError("can't allocate memory for a convolution of spikes")
+    if shared_library().convolve_matrix(*places, *sizes, threads_for(spikes)):
+        raise RuntimeError(NO_MEMORY)
     return out
+
+
+def sums_of_sets(weight: Tensor) -> Tensor:
+    """For each set of spikes among eight channels the sum of their weights [rows, columns, C, out], out a multiple of 16: as
+    `fire_convolved` takes them, 32*C*rows*columns*out numbers."""
+    rows, columns, channels, outputs = weight.shape
+    sums = torch.empty(-(-channels // 8) * 2**8 * rows * columns * outputs, dtype=torch.float32, device="cpu")
+    shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), channels, outputs, rows * columns)
+    return sums
 
 
 def fire_convolved(
     spikes: Tensor,
     weight: Tensor,
+    sums: Tensor | None,
     bias: Tensor,
     stride: int,
     padding: int,
-    steps: int,
-    theta: Tensor,
-    v0: Tensor,
+    steps: int = 1,
+    neurons: tuple[Tensor, Tensor] | None = None,
     count: bool = False,
     plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes [T*N, out, H, W] of amplitude theta, channels_last, their counts (empty unless asked for) and the residual
-    [N, out, H, W] of plain neurons whose currents are "convolve_events" of `spikes` [T*N, C, H, W] and `plus` [T*N, out, H, W]:
-    what `convolve_spikes` and `micelab.neuron.fire` do one after the other, bit for bit, without the currents in between.
+    [N, out, H, W] of plain neurons, (theta, v0) scalar or [out], whose currents are `plus` [T*N, out, H, W] and the convolution
+    of `spikes` [T*N, C, H, W], as for `convolve_by_matrix`: what the convolution and `micelab.neuron.fire` do one after the
+    other, bit for bit, without the currents in between. Without `neurons`: the currents.
 
-    theta, v0: of the neurons, scalar or [out], fp32. Raises as `convolve_spikes` does.
+    sums: `sums_of_sets` of the weight, for a kernel of 3x3, or None, for out a multiple of 32. Raises as
+    `convolve_by_matrix` does.
     """
     total, *one = convolved_shape(spikes, weight, stride, padding)
-    out, residual = _channels_last((total, *one)), _channels_last((total // steps, *one))
-    fired = torch.empty_like(residual) if count else residual.new_empty(0)
     spikes = spikes.contiguous(memory_format=torch.channels_last)
     plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
-    theta, start = (value.expand(one[0]).contiguous() for value in (theta, v0 * theta))
-    places = [None if tensor is None else tensor.data_ptr() for tensor in (spikes, weight, bias, plus, theta, start, out)]
+    out, residual = _channels_last((total, *one)), _channels_last((total // steps if neurons else 0, *one))
+    fired = torch.empty_like(residual) if count else residual.new_empty(0)
+    bound = start = None
+    if neurons:
+        bound, start = (value.expand(one[0]).contiguous() for value in (neurons[0], neurons[1] * neurons[0]))
+    given = (spikes, weight, sums, bias, plus, bound, start, out, fired if count else None, residual)
+    places = (None if tensor is None else tensor.data_ptr() for tensor in given)
     _, *image = _sizes(spikes)
     sizes = (steps, total // steps, *image, one[0], *weight.shape[:2], stride, padding)
-    results = (fired.data_ptr() if count else None, residual.data_ptr())
-    if shared_library().fire_events(*places, *results, *sizes, threads_for(out)):
-        raise RuntimeError("can't allocate memory for a convolution of spikes")
+    if shared_library().fire_events(*places, *sizes, threads_for(out)):
+        raise RuntimeError(NO_MEMORY)
     return out, fired, residual
 
 

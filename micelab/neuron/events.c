@@ -1,6 +1,6 @@
 /* A convolution of spikes, and the neurons that read it. A current is the bias and the weights of the spikes that its place sees,
    added in one order whatever the batch and the number of threads. In layers of few channels, spikes of eight channels make a
-   set, and the sums of all sets are made beforehand; in wide ones, spikes are listed and their weights added one by one. Spikes,
+   set, and the sums of all sets are made beforehand; in others, spikes are listed and their weights added one by one. Spikes,
    not 0 where there is one, and currents have channels last in memory; weights are [rows][columns][channels][outputs], with theta
    multiplied in, outputs a multiple of 16, and of 32 where spikes are listed.
    Compiled without contraction, so that neurons round every sum and product as those in neuron.c do. */
@@ -14,10 +14,9 @@
 #include <immintrin.h>
 #endif
 
-/* channels whose spikes make one set, how many sets there are, and up to how many channels 3x3 layers go by sets */
+/* channels whose spikes make one set, and how many sets there are */
 #define GROUP 8
 #define SETS (1 << GROUP)
-#define NARROW 32
 
 /* images of a step and what is read and written of them, [steps][images][high][wide][outputs]: currents, or, where there is a
    theta, spikes of amplitude theta for those currents and the ones at `plus` (or NULL); theta and start are of each output,
@@ -81,21 +80,21 @@ INLINE int64_t listed(const float *values, int64_t size, int32_t from, int32_t *
     return found;
 }
 
-/* for each group of eight channels and each set of them that may have fired, the sum of their weights at each place of the kernel,
-   for LANES outputs from `block` on, [groups][SETS][rows][columns][LANES] */
-static void sum_sets(const layer *k, int64_t block, float *sums)
+/* for each LANES outputs, each group of eight channels and each set of them that may have fired, the sum of their weights at each
+   place of the kernel: sums is [outputs/LANES][groups][SETS][rows*columns][LANES] */
+void sum_sets(const float *weights, float *sums, int64_t channels, int64_t outputs, int64_t taps)
 {
-    const int64_t taps = k->rows * k->columns;
-    for (int64_t channel = 0; channel < k->channels; channel += GROUP, sums += SETS * taps * LANES) {
-        const int64_t many = k->channels - channel < GROUP ? k->channels - channel : GROUP;
-        memset(sums, 0, taps * LANES * sizeof *sums);
-        for (int64_t set = 1; set < 1 << many; set++) {
-            const float *others = sums + (set & (set - 1)) * taps * LANES;
-            const float *lowest = k->weights + (channel + __builtin_ctz(set)) * k->outputs + block;
-            for (int64_t tap = 0; tap < taps; tap++)
-                keep(sums + (set * taps + tap) * LANES, load(others + tap * LANES) + load(lowest + tap * k->channels * k->outputs));
+    for (int64_t block = 0; block < outputs; block += LANES)
+        for (int64_t channel = 0; channel < channels; channel += GROUP, sums += SETS * taps * LANES) {
+            const int64_t many = channels - channel < GROUP ? channels - channel : GROUP;
+            memset(sums, 0, taps * LANES * sizeof *sums);
+            for (int64_t set = 1; set < 1 << many; set++) {
+                const float *others = sums + (set & (set - 1)) * taps * LANES;
+                const float *lowest = weights + (channel + __builtin_ctz(set)) * outputs + block;
+                for (int64_t tap = 0; tap < taps; tap++)
+                    keep(sums + (set * taps + tap) * LANES, load(others + tap * LANES) + load(lowest + tap * channels * outputs));
+            }
         }
-    }
 }
 
 /* which of the first `many` of LANES values are not 0, a bit each */
@@ -138,7 +137,7 @@ INLINE void find_sets(const layer *k, const float *values, int32_t *found, const
 
 /* one line of places of one image at one step, LANES outputs from `block` on: at each place the sums of the sets that it sees */
 INLINE void look_up(const layer *k, const int32_t *found, const float *sums, int64_t step, int64_t image, int64_t oy, int64_t block,
-                    const int64_t rows, const int64_t columns, const int64_t groups)
+                    const int64_t side, const int64_t groups)
 {
     const int64_t line = (k->width + 2 * k->padding) * groups;
     const int32_t *seen = found + oy * k->stride * line;
@@ -147,12 +146,12 @@ INLINE void look_up(const layer *k, const int32_t *found, const float *sums, int
     for (int64_t ox = 0; ox < k->wide; ox++, seen += k->stride * groups, here += k->outputs) {
         vector even = load(k->bias + block), odd = {0};
 #pragma GCC unroll 3
-        for (int64_t row = 0; row < rows; row++)
+        for (int64_t row = 0; row < side; row++)
 #pragma GCC unroll 3
-            for (int64_t column = 0; column < columns; column++)
+            for (int64_t column = 0; column < side; column++)
 #pragma GCC unroll 4
                 for (int64_t group = 0; group < groups; group++) {
-                    const vector sum = load(sums + seen[row * line + column * groups + group] + (row * columns + column) * LANES);
+                    const vector sum = load(sums + seen[row * line + column * groups + group] + (row * side + column) * LANES);
                     if (group % 2)
                         odd += sum;
                     else
@@ -171,7 +170,7 @@ INLINE void by_sets(const layer *k, int32_t *found, const float *sums, int64_t i
     for (int64_t oy = 0; oy < k->high; oy++) {
         begin(k, image, oy, block, 1);
         for (int64_t step = 0; step < k->steps; step++)
-            look_up(k, found + step * size, sums, step, image, oy, block, 3, 3, groups);
+            look_up(k, found + step * size, sums, step, image, oy, block, 3, groups);
     }
 }
 
@@ -264,52 +263,44 @@ static int with_lists(const layer *k, int threads)
     return failed;
 }
 
-static int with_sets(const layer *k, int threads)
+static int with_sets(const layer *k, const float *sums, int threads)
 {
     const int64_t groups = (k->channels + GROUP - 1) / GROUP, pad = 2 * k->padding;
-    float *sums = aligned_alloc(64, groups * SETS * k->rows * k->columns * LANES * sizeof *sums);
-    int failed = !sums;
-    for (int64_t block = 0; block < k->outputs && !failed; block += LANES) {
-        sum_sets(k, block, sums);
+    int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            int32_t *found = malloc(k->steps * (k->height + pad) * (k->width + pad) * groups * sizeof *found);
-            if (!found) {
+    {
+        int32_t *found = malloc(k->steps * (k->height + pad) * (k->width + pad) * groups * sizeof *found);
+        if (!found) {
 #pragma omp atomic write
-                failed = 1;
-            }
-#pragma omp for schedule(static)
-            for (int64_t image = 0; image < k->images; image++)
-                if (found && k->channels == 16)
-                    by_sets(k, found, sums, image, block, 16);
-                else if (found && k->channels == 32)
-                    by_sets(k, found, sums, image, block, 32);
-                else if (found)
-                    by_sets(k, found, sums, image, block, k->channels);
-            free(found);
+            failed = 1;
         }
+        const float *those = sums;
+        for (int64_t block = 0; block < k->outputs; block += LANES, those += groups * SETS * k->rows * k->columns * LANES) {
+#pragma omp for schedule(static) nowait
+            for (int64_t image = 0; image < k->images; image++)
+                if (!found)
+                    continue;
+                else if (k->channels == 16)
+                    by_sets(k, found, those, image, block, 16);
+                else if (k->channels == 32)
+                    by_sets(k, found, those, image, block, 32);
+                else
+                    by_sets(k, found, those, image, block, k->channels);
+        }
+        free(found);
     }
-    free(sums);
     return failed;
 }
 
-/* 0, or 1 where there is no memory for the sums or the lists. Without theta there are no neurons, and every image is a step's */
-int fire_events(const float *spikes, const float *weights, const float *bias, const float *plus, const float *theta,
-                const float *start, float *out, float *count, float *residual, int64_t steps, int64_t images, int64_t height,
-                int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding,
-                int threads)
+/* Without theta there are no neurons, and images are those of all steps. sums: of `sum_sets`, for a kernel of 3x3, or NULL:
+   then weights are listed. 0, or 1 where there is no memory for sets or lists */
+int fire_events(const float *spikes, const float *weights, const float *sums, const float *bias, const float *plus,
+                const float *theta, const float *start, float *out, float *count, float *residual, int64_t steps, int64_t images,
+                int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
+                int64_t padding, int threads)
 {
     const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
     const layer k = {spikes, weights, bias, plus, theta, start, out, count, residual, steps, images, height, width, channels,
                      outputs, rows, columns, stride, padding, high, wide};
-    const int sets = channels <= NARROW && rows == 3 && columns == 3;
-    return sets ? with_sets(&k, threads) : with_lists(&k, threads);
-}
-
-int convolve_events(const float *spikes, const float *weights, const float *bias, float *out, int64_t images, int64_t height,
-                    int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
-                    int64_t padding, int threads)
-{
-    return fire_events(spikes, weights, bias, 0, 0, 0, out, 0, 0, 1, images, height, width, channels, outputs, rows, columns,
-                       stride, padding, threads);
+    return sums ? with_sets(&k, sums, threads) : with_lists(&k, threads);
 }
