@@ -1,5 +1,7 @@
 """Compiled convolutions of spikes: the numbers of a dense one up to rounding, its bits on a grid, the same for any chunk."""
 
+import platform
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from micelab.models import resnet20
 from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
 from micelab.network.spike_convolutions import WAYS
-from micelab.neuron import compiled
+from micelab.neuron import building, compiled
 from micelab.neuron.firing import IntegrateFire
 
 LACKING = {"events": "no C compiler works here", "bf16x3": "no matrix unit (AMX) here"}
@@ -74,6 +76,26 @@ def test_sums_are_the_same_bits_for_any_number_of_images_and_threads(name, threa
     threads(3)
     assert torch.equal(expected, WAYS[name].kind(layer, theta).currents(spikes))
     assert torch.equal(expected[7:9], WAYS[name].kind(layer, theta).currents(spikes[7:9]))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or not WAYS["events"].is_here("cpu"), reason="not for here")
+@pytest.mark.parametrize(
+    "instructions", [(), ("-mavx2", "-mfma"), ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw")], ids=["sse2", "avx2", "avx512"]
+)
+@pytest.mark.parametrize("channels", [16, 64])
+def test_other_processors_add_in_the_same_order(instructions, channels, monkeypatch, tmp_path):
+    if instructions and torch.backends.cpu.get_cpu_capability() not in ("AVX512", *(["AVX2"] if len(instructions) == 2 else [])):
+        pytest.skip("this processor lacks them")
+    torch.manual_seed(0)
+    layer, theta = nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
+    spikes = sent((4, channels, 9, 7), 0.2, theta)
+    expected = WAYS["events"].kind(layer, theta).currents(spikes)
+    others = [option for option in building.OPTIONS if option != "-march=native"]
+    monkeypatch.setattr(building, "OPTIONS", (*others, "-march=x86-64", *instructions, "-Werror=implicit-function-declaration"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = building.load(building.compiler())
+    monkeypatch.setattr(compiled, "shared_library", lambda: library)
+    assert torch.equal(WAYS["events"].kind(layer, theta).currents(spikes), expected)
 
 
 @pytest.fixture

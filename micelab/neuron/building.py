@@ -58,7 +58,7 @@ def load(cc: str) -> Any:
         library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
         library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
-        library.sum_sets.argtypes = [place] * 2 + [size] * 3
+        library.sum_sets.argtypes = [place] * 2 + [size] * 2
         library.fire_events.argtypes = [place] * 10 + [size] * 10 + [flag]
         for function in FUNCTIONS:
             getattr(library, function).restype = None

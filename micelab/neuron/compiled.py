@@ -92,11 +92,11 @@ def convolve_by_matrix(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int
 
 
 def sums_of_sets(weight: Tensor) -> Tensor:
-    """For each set of spikes among eight channels the sum of their weights [rows, columns, C, out], out a multiple of 16: as
-    `fire_convolved` takes them, 32*C*rows*columns*out numbers."""
+    """For each set of spikes among eight channels the sum of their weights, as `fire_convolved` takes them: of weight
+    [3, 3, C, out], out a multiple of 16, some 288*C*out numbers."""
     rows, columns, channels, outputs = weight.shape
     sums = torch.empty(-(-channels // 8) * 2**8 * rows * columns * outputs, dtype=torch.float32, device="cpu")
-    shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), channels, outputs, rows * columns)
+    shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), channels, outputs)
     return sums
 
 

@@ -10,13 +10,14 @@
 
 #include "lanes.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
-/* channels whose spikes make one set, and how many sets there are */
+/* channels whose spikes make one set, how many sets there are, and the side of the kernels that look sums of them up */
 #define GROUP 8
 #define SETS (1 << GROUP)
+#define SIDE 3
 
 /* images of a step and what is read and written of them, [steps][images][high][wide][outputs]: currents, or, where there is a
    theta, spikes of amplitude theta for those currents and the ones at `plus` (or NULL); theta and start are of each output,
@@ -80,10 +81,11 @@ INLINE int64_t listed(const float *values, int64_t size, int32_t from, int32_t *
     return found;
 }
 
-/* for each LANES outputs, each group of eight channels and each set of them that may have fired, the sum of their weights at each
-   place of the kernel: sums is [outputs/LANES][groups][SETS][rows*columns][LANES] */
-void sum_sets(const float *weights, float *sums, int64_t channels, int64_t outputs, int64_t taps)
+/* for each LANES outputs, each group of channels and each set of them that may have fired, the sum of their weights at each place
+   of the kernel: sums is [outputs/LANES][groups][SETS][SIDE][SIDE][LANES] */
+void sum_sets(const float *weights, float *sums, int64_t channels, int64_t outputs)
 {
+    const int64_t taps = SIDE * SIDE;
     for (int64_t block = 0; block < outputs; block += LANES)
         for (int64_t channel = 0; channel < channels; channel += GROUP, sums += SETS * taps * LANES) {
             const int64_t many = channels - channel < GROUP ? channels - channel : GROUP;
@@ -117,7 +119,7 @@ INLINE uint32_t fired(const float *values, int64_t many)
 INLINE void find_sets(const layer *k, const float *values, int32_t *found, const int64_t channels)
 {
     const int64_t pad = k->padding, groups = (channels + GROUP - 1) / GROUP, wide = k->width + 2 * pad;
-    const int32_t size = k->rows * k->columns * LANES;
+    const int32_t size = SIDE * SIDE * LANES;
     for (int64_t y = -pad; y < k->height + pad; y++) {
         const int64_t inside = y >= 0 && y < k->height;
         for (int64_t x = 0; x < wide; x++)
@@ -137,7 +139,7 @@ INLINE void find_sets(const layer *k, const float *values, int32_t *found, const
 
 /* one line of places of one image at one step, LANES outputs from `block` on: at each place the sums of the sets that it sees */
 INLINE void look_up(const layer *k, const int32_t *found, const float *sums, int64_t step, int64_t image, int64_t oy, int64_t block,
-                    const int64_t side, const int64_t groups)
+                    const int64_t groups)
 {
     const int64_t line = (k->width + 2 * k->padding) * groups;
     const int32_t *seen = found + oy * k->stride * line;
@@ -146,12 +148,12 @@ INLINE void look_up(const layer *k, const int32_t *found, const float *sums, int
     for (int64_t ox = 0; ox < k->wide; ox++, seen += k->stride * groups, here += k->outputs) {
         vector even = load(k->bias + block), odd = {0};
 #pragma GCC unroll 3
-        for (int64_t row = 0; row < side; row++)
+        for (int64_t row = 0; row < SIDE; row++)
 #pragma GCC unroll 3
-            for (int64_t column = 0; column < side; column++)
+            for (int64_t column = 0; column < SIDE; column++)
 #pragma GCC unroll 4
                 for (int64_t group = 0; group < groups; group++) {
-                    const vector sum = load(sums + seen[row * line + column * groups + group] + (row * side + column) * LANES);
+                    const vector sum = load(sums + seen[row * line + column * groups + group] + (row * SIDE + column) * LANES);
                     if (group % 2)
                         odd += sum;
                     else
@@ -170,7 +172,7 @@ INLINE void by_sets(const layer *k, int32_t *found, const float *sums, int64_t i
     for (int64_t oy = 0; oy < k->high; oy++) {
         begin(k, image, oy, block, 1);
         for (int64_t step = 0; step < k->steps; step++)
-            look_up(k, found + step * size, sums, step, image, oy, block, 3, groups);
+            look_up(k, found + step * size, sums, step, image, oy, block, groups);
     }
 }
 
@@ -275,16 +277,14 @@ static int with_sets(const layer *k, const float *sums, int threads)
             failed = 1;
         }
         const float *those = sums;
-        for (int64_t block = 0; block < k->outputs; block += LANES, those += groups * SETS * k->rows * k->columns * LANES) {
+        for (int64_t block = 0; block < k->outputs; block += LANES, those += groups * SETS * SIDE * SIDE * LANES) {
 #pragma omp for schedule(static) nowait
             for (int64_t image = 0; image < k->images; image++)
-                if (!found)
-                    continue;
-                else if (k->channels == 16)
+                if (found && k->channels == 16)
                     by_sets(k, found, those, image, block, 16);
-                else if (k->channels == 32)
+                else if (found && k->channels == 32)
                     by_sets(k, found, those, image, block, 32);
-                else
+                else if (found)
                     by_sets(k, found, those, image, block, k->channels);
         }
         free(found);
@@ -292,8 +292,8 @@ static int with_sets(const layer *k, const float *sums, int threads)
     return failed;
 }
 
-/* Without theta there are no neurons, and images are those of all steps. sums: of `sum_sets`, for a kernel of 3x3, or NULL:
-   then weights are listed. 0, or 1 where there is no memory for sets or lists */
+/* Without theta there are no neurons, and images are those of all steps. sums: of `sum_sets`, for a kernel of SIDE x SIDE,
+   or NULL: then spikes are listed. 0, or 1 where there is no memory for sets or lists */
 int fire_events(const float *spikes, const float *weights, const float *sums, const float *bias, const float *plus,
                 const float *theta, const float *start, float *out, float *count, float *residual, int64_t steps, int64_t images,
                 int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride,
