@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ def convert(
     chosen = methods.get(method)
     if not isinstance(time_steps, int) or time_steps < 1:
         raise InputError(f"time_steps is {time_steps!r}: give an integer of at least 1")
-    if v0 is not None and not 0 <= v0 <= 1:
-        raise InputError(f"v0 is {v0}: the initial potential, in units of theta, lies between 0 and 1")
-    if not 0 < percentile <= 100:
-        raise InputError(f"percentile is {percentile}: it lies above 0 and at most at 100")
+    if v0 is not None and not (isinstance(v0, Real) and 0 <= v0 <= 1):
+        raise InputError(f"v0 is {v0!r}: the initial potential, in units of theta, is one number between 0 and 1")
+    if not (isinstance(percentile, Real) and 0 < percentile <= 100):
+        raise InputError(f"percentile is {percentile!r}: it is a number above 0 and at most 100")
     traced = trace(ann, fold)
     start = chosen.v0 if v0 is None else v0
     batches: list[Tensor] = []

@@ -26,6 +26,26 @@ def run(*words):
     return runner.invoke(app, [str(word) for word in words])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "x", "--picture"),
+        ("evaluate", "x", "--out"),
+        ("explain", "x", "--report"),
+        ("demo", "--report"),
+        ("convert", "x", "--method", "qcfs", "--out"),
+        ("train", "--save"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_path):
+    (tmp_path / "file").write_text("a file, so no folder")
+    for place, text in ((tmp_path, "is a folder"), (tmp_path / "file" / "page", "cannot be written")):
+        result = run(*words, place)
+        assert result.exit_code == 2
+        assert f"Invalid value for '{words[-1]}'" in result.output
+        assert text in " ".join(result.output.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("command", ["demo", "train", "remake", "convert", "evaluate", "explain", "data"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")

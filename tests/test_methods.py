@@ -82,6 +82,8 @@ def test_a_name_is_given_only_once_and_an_unknown_one_lists_what_there_is(regist
     with pytest.raises(InputError, match="'max' is registered already"):
         methods.register(dataclasses.replace(methods.get("tcl"), name="max"))
     assert methods.get("max").theta is methods.highest
+    with pytest.raises(InputError, match=r"\['max'\] is unknown"):
+        methods.get(["max"])
     with pytest.raises(InputError, match="'maxx' is unknown: choose one of max, percentile, mse, tcl, qcfs"):
         convert(small_cnn(), "maxx")
 

@@ -17,7 +17,7 @@ from micelab.convert import convert
 from micelab.exceptions import InputError
 from micelab.graph import activations
 from micelab.models import resnet20, small_cnn
-from micelab.network.spiking import CACHE_BUDGET
+from micelab.network.spiking import CACHE_BUDGET, PRECISIONS
 from micelab.neuron import IntegrateFire
 
 
@@ -245,6 +245,55 @@ def test_a_network_of_another_number_type_takes_the_same_images(kind):
     assert run.layers["stem.2"].residual.dtype == torch.promote_types(kind, torch.float32)  # a membrane is fp32 at least
 
 
+@pytest.mark.parametrize("precision", ["events", "bf16x3", "bf16", "int8"])
+def test_a_precision_is_one_of_fp32_networks(precision):
+    with pytest.raises(
+        InputError, match=f"precision '{precision}' is one of fp32 networks, this one is torch.float64: use .float()"
+    ):
+        spiking().double()(digits(), 4, precision)
+
+
+def test_answers_may_be_changed_and_trained_on():
+    snn = spiking()
+    nn.Linear(10, 2)(snn(digits(), 4)).sum().backward()
+    run = snn.simulate(digits(), 4)
+    run.logits.mul_(2)
+    run.layers["stem.2"].membrane.mul_(2)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_in_training_mode_it_stays_the_same_network(fold):
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with torch.no_grad():
+        ann.train()(digits(20))
+    snn = convert(ann.eval(), "mse", digits(), fold=fold)
+    expected = snn(digits(), 4)
+    assert torch.equal(nn.Sequential(snn).train()(digits()), snn(digits()))
+    assert torch.equal(snn(digits(), 4), expected)
+    assert snn.training
+    assert not snn.layers.training
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "back", "pool", "side"),
+    [
+        (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d, nn.AdaptiveAvgPool1d, (9,)),
+        (nn.Conv3d, nn.BatchNorm3d, nn.ConvTranspose3d, nn.AdaptiveAvgPool3d, (6, 5, 7)),
+    ],
+)
+def test_layers_of_one_and_three_dimensions_run_and_come_to_the_anns_answer(conv, norm, back, pool, side):
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        conv(2, 4, 3), norm(4), nn.ReLU(), back(4, 3, 2), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(3, 2)
+    ).eval()
+    images = torch.rand(3, 2, *side)
+    snn = convert(ann, "max", images)
+    torch.testing.assert_close(snn(images, 1024), ann(images).detach(), atol=5e-3, rtol=0)
+    for precision in PRECISIONS:
+        assert snn(images, 4, precision).shape == (3, 2)
+
+
 def test_bf16_is_a_fast_mode_with_membranes_in_fp32(monkeypatch):
     monkeypatch.setattr("micelab.network.spiking.has_bf16", lambda device: True)
     snn, images = spiking(resnet20, digits(4, 3, 16), width=4), digits(4, 3, 16)
@@ -310,7 +359,7 @@ def test_zero_steps_are_not_taken_for_the_default():
         spiking()(digits(), 0)
 
 
-@pytest.mark.parametrize("chunk", [0, -3])
+@pytest.mark.parametrize("chunk", [0, -3, 2.5])
 def test_chunks_below_one_image_are_refused(chunk):
     with pytest.raises(InputError, match="chunk is"):
         spiking().simulate(digits(), 2, chunk=chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +16,28 @@ from micelab.exceptions import InputError, MicelabError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
+
+def to_write(path: Path | None) -> Path | None:
+    """A file that an option names, where it can be written: said before the work, not after it."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written ({error.strerror}): choose another place") from error
+
+
 DatasetOption = Annotated[str, typer.Option(help="digits (embedded), cifar10, cifar100, or the path of a folder of images.")]
 FolderOption = Annotated[Path | None, typer.Option("--data", help="Folder of CIFAR [$MICELAB_DATA, else data/].")]
 StepsOption = Annotated[str, typer.Option("--time-steps", help="Numbers of time-steps, such as 1,2,4,8.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
 CalibrationOption = Annotated[int, typer.Option(min=1, help="Training images that thresholds are set from.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-ReportOption = Annotated[Path | None, typer.Option(help="Also write an HTML page with interactive figures.")]
+ReportOption = Annotated[Path | None, typer.Option(help="Also write an HTML page with interactive figures.", callback=to_write)]
 MethodsOption = Annotated[
     list[str] | None, typer.Option("--method", help="Conversion method; repeat for several [all that fit].")
 ]

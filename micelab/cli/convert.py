@@ -11,6 +11,7 @@ from micelab.cli.app import (
     CalibrationOption,
     FolderOption,
     command,
+    to_write,
     typed,
 )
 from micelab.cli.networks import dataset_of, trained
@@ -19,7 +20,7 @@ from micelab.cli.networks import dataset_of, trained
 @command(epilog="Example: `micelab convert resnet20a-cifar10-qcfs --method qcfs --out spiking.safetensors`")
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="Name or path of a trained network.")],
-    out: Annotated[Path, typer.Option(help="Where the spiking network goes.")],
+    out: Annotated[Path, typer.Option(help="Where the spiking network goes.", callback=to_write)],
     method: Annotated[
         str | None, typer.Option(help="max, qcfs, cos ...: see docs/conversion.md [the one the network was trained for].")
     ] = None,

@@ -15,6 +15,7 @@ from micelab.cli.app import (
     StepsOption,
     command,
     parsed_steps,
+    to_write,
     typed,
 )
 from micelab.cli.networks import show
@@ -25,7 +26,7 @@ from micelab.exceptions import InputError
 def demo(
     dataset: DatasetOption = "digits",
     time_steps: StepsOption = "1,2,4,8,16,32",
-    report: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path("report.html"),
+    report: Annotated[Path, typer.Option(help="Where the HTML page goes.", callback=to_write)] = Path("report.html"),
     limit: LimitOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     data: FolderOption = None,

@@ -18,6 +18,7 @@ from micelab.cli.app import (
     StepsOption,
     command,
     parsed_steps,
+    to_write,
     typed,
 )
 from micelab.cli.networks import dataset_of, show, trained
@@ -39,10 +40,13 @@ def evaluate(
     precision: Annotated[
         str, typer.Option(help="Of the simulations: fp32, its numbers faster by events or bf16x3, other ones by bf16 or int8.")
     ] = "fp32",
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.", callback=to_write)
+    ] = None,
     report: ReportOption = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Also write a PNG: accuracy over time of all rows, errors of the best.")
+        Path | None,
+        typer.Option(help="Also write a PNG: accuracy over time of all rows, errors of the best.", callback=to_write),
     ] = None,
     data: FolderOption = None,
     as_json: JsonOption = False,

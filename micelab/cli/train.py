@@ -14,6 +14,7 @@ from micelab.cli.app import (
     FolderOption,
     command,
     parsed_steps,
+    to_write,
     typed,
 )
 from micelab.exceptions import InputError
@@ -71,7 +72,7 @@ def train(
         bool, typer.Option("--compile", help="Use torch.compile (needs a C++ compiler; a minute to start).")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Also copy the final network and its card here.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also copy the final network and its card here.", callback=to_write)] = None,
     data: FolderOption = None,
 ) -> None:
     """Train a network to be converted: stage 1, or with --joint stage 2.

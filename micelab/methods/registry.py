@@ -99,7 +99,7 @@ def get(name: str) -> Method:
     >>> get("srp").hidden_steps, get("qcfs").v0
     (4, 0.5)
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
     return METHODS[name]
 

@@ -72,7 +72,10 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, layers: fx.GraphModule, method: str = "", time_steps: int = 8, hidden_steps: int = 0):
         super().__init__()
-        self.layers = layers.to(memory_format=torch.channels_last)  # as the images: else each call copies its weights
+        for value in chain(layers.parameters(), layers.buffers()):
+            if value.dim() == 4:  # laid out as the images: else each call copies the weights
+                value.data = value.data.contiguous(memory_format=torch.channels_last)
+        self.layers = layers.eval()
         self.method, self.time_steps, self.hidden_steps = method, time_steps, hidden_steps
         waits = any(neuron.waits for neuron in self.neurons.values())
         self.turns = depth(layers) if waits else 1
@@ -86,6 +89,12 @@ class SpikingNetwork(nn.Module):
     def neurons(self) -> dict[str, IntegrateFire]:
         """The spiking layers by name, from input to output."""
         return activations(self.layers)  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> SpikingNetwork:
+        """A converted network has nothing to train: a batch-norm that was not folded keeps to its statistics in either mode."""
+        super().train(mode)
+        self.layers.eval()
+        return self
 
     def true_steps(self, time_steps: int) -> int:
         """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
@@ -117,8 +126,8 @@ class SpikingNetwork(nn.Module):
         """
         time_steps = self.time_steps if time_steps is None else time_steps
         images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
-        if chunk is not None and chunk < 1:
-            raise InputError(f"chunk is {chunk}: at least one image must go through at a time")
+        if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+            raise InputError(f"chunk is {chunk!r}: an integer, at least one image at a time")
         if record not in (True, False, "counts"):
             raise InputError(f'record is {record!r}: choose True, "counts" or False')
         whole: SimulationRun | None = None
@@ -217,6 +226,9 @@ class SpikingNetwork(nn.Module):
         once."""
         if precision not in PRECISIONS:
             raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
+        own = next((value.dtype for value in self.layers.parameters()), torch.float32)
+        if precision != "fp32" and own != torch.float32:
+            raise InputError(f"precision {precision!r} is one of fp32 networks, this one is {own}: use .float(), or leave it out")
         if precision in ("bf16", "int8") and self.most_steps is not None:
             raise InputError(f"precision is {precision!r}, and this network is on a grid to be exact: simulate it in fp32")
         if is_here(precision, device):
@@ -233,7 +245,7 @@ class SpikingNetwork(nn.Module):
         precision: str = "fp32",
         prepared: dict[str, SpikeConvolution] | None = None,
     ) -> SimulationRun:
-        with torch.inference_mode(), sums_of_products(self.most_steps is not None):
+        with torch.no_grad(), sums_of_products(self.most_steps is not None):
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision, prepared)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)
