@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from micelab import methods, models
 from micelab.exceptions import ConversionError, InputError
-from micelab.graph.runner import LayerRunner, check_images, image_batches
+from micelab.graph.runner import LayerRunner, check_images, check_time_steps, image_batches
 from micelab.graph.tracing import activations, replace_activations, trace
 from micelab.methods.calibration import IMAGES as CALIBRATION_IMAGES
 from micelab.methods.calibration import ann_means
@@ -51,8 +51,7 @@ def convert(
     Raises ConversionError naming the layer that cannot be converted, InputError for options out of range.
     """
     chosen = methods.get(method)
-    if not isinstance(time_steps, int) or time_steps < 1:
-        raise InputError(f"time_steps is {time_steps!r}: give an integer of at least 1")
+    time_steps = check_time_steps(time_steps)
     if v0 is not None and not (isinstance(v0, Real) and 0 <= v0 <= 1):
         raise InputError(f"v0 is {v0!r}: the initial potential, in units of theta, is one number between 0 and 1")
     if not (isinstance(percentile, Real) and 0 < percentile <= 100):

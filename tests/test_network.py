@@ -348,10 +348,15 @@ def test_summaries_are_plain_numbers():
     assert isinstance(summary["layers"]["stem.2"]["theta"], float)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.0, "2"])
+@pytest.mark.parametrize("steps", [0, -1, 2.0, "2", True])
 def test_time_steps_below_one_are_refused(steps):
     with pytest.raises(InputError, match="time_steps is"):
         spiking().simulate(digits(), steps)
+
+
+def test_steps_of_numpy_are_steps():
+    snn = spiking()
+    assert torch.equal(snn(digits(), np.int64(4)), snn(digits(), 4))
 
 
 def test_zero_steps_are_not_taken_for_the_default():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.exceptions import InputError
-from micelab.graph.runner import check_images
+from micelab.graph.runner import check_images, check_time_steps
 from micelab.graph.tracing import activations, depth
 from micelab.machine import has_bf16, say_lacking, sums_of_products
 from micelab.network import int8
@@ -102,8 +102,7 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
-        steps = self.time_steps if time_steps is None else time_steps
-        return self.simulate(images, steps, record=False, precision=precision).logits[-1]
+        return self.simulate(images, time_steps, record=False, precision=precision).logits[-1]
 
     def simulate(
         self,
@@ -124,7 +123,7 @@ class SpikingNetwork(nn.Module):
         `precision` "events" and "bf16x3" add fp32's numbers in another order, "bf16" and "int8" are fast modes of other numbers
         (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
         """
-        time_steps = self.time_steps if time_steps is None else time_steps
+        time_steps = self._steps(time_steps)
         images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
         if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
             raise InputError(f"chunk is {chunk!r}: an integer, at least one image at a time")
@@ -141,6 +140,7 @@ class SpikingNetwork(nn.Module):
 
     def stream(self, images: Tensor, time_steps: int, spikes: bool = False) -> Iterator[tuple[Tensor, SimulationRun]]:
         """(images, run) chunk by chunk, so that what is kept stays small for any number of images."""
+        time_steps = self._steps(time_steps)
         images = self._check(images, time_steps)
         for _, part, run in self._parts(images, time_steps, True, spikes):
             yield part, run
@@ -158,7 +158,7 @@ class SpikingNetwork(nn.Module):
 
         Its images are not checked for NaN, since that waits for the device. Raises InputError where the network was moved since.
         """
-        steps = self.time_steps if time_steps is None else time_steps
+        steps = self._steps(time_steps)
         images, used = self._check(images, steps), self.precision_here(precision, images.device)
         return Replay(self, images, lambda part: self._simulate(part, steps, False, False, used).logits)
 
@@ -207,9 +207,10 @@ class SpikingNetwork(nn.Module):
         size = 2 if precision == "bf16" else images.element_size()
         return max(1, budget // (self._largest[shape] * size * steps_to_run(self.layers, time_steps)[0]))
 
+    def _steps(self, time_steps: int | None) -> int:
+        return self.time_steps if time_steps is None else check_time_steps(time_steps)
+
     def _check(self, images: Tensor, time_steps: int) -> Tensor:
-        if not isinstance(time_steps, int) or time_steps < 1:
-            raise InputError(f"time_steps is {time_steps!r}: a simulation needs an integer of at least 1")
         if self.most_steps is not None and time_steps > self.most_steps:
             raise InputError(
                 f"time_steps is {time_steps}, but this network was put on a grid for at most {self.most_steps}: beyond, sums may "
