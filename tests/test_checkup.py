@@ -142,7 +142,7 @@ class Free(nn.Module):
         (wrapped, ["parametrized weight"]),
         (broken, ["holds NaN"]),
         (Two, ["takes 2 inputs", "more than one tensor"]),
-        (Free, ["uses its parameter", "writes into a part", "multiplies two", "stays active"]),
+        (Free, ["uses its parameter", "writes into its input", "multiplies two", "stays active"]),
         (lambda: nn.Sequential(nn.Linear(4, 2)), ["nothing to convert"]),
         (lambda: nn.Sequential(nn.LSTM(4, 2)), ["nn.LSTM"]),
         (unfoldable, ["cannot be made plain layers"]),
@@ -166,7 +166,34 @@ def test_images_show_what_only_running_shows():
     assert "cannot take input of shape (2, 3, 8, 8)" in report.words()
 
 
+def test_images_are_given_in_the_networks_own_precision():
+    for made in (micelab.small_cnn().double(), micelab.small_cnn().bfloat16()):
+        assert checkup(made, IMAGES), checkup(made, IMAGES).words()
+    assert checkup(micelab.small_cnn(), IMAGES.double())
+    assert checkup(nn.Sequential(nn.ReLU(), nn.Flatten()), IMAGES)
+
+
+def test_a_wrapped_network_is_one_problem_and_what_it_holds_is_judged():
+    report = checkup(nn.DataParallel(Usual()))
+    assert refused(report) == ["the network", "module.pool", "module.act", "module.norm"]
+    assert report.problems[0].remedy == "use its .module instead"
+
+
+def test_hooks_and_what_else_is_refused_are_found_at_once():
+    net, called = Stubborn(), []
+    net.act.register_forward_hook(lambda *call: called.append(call))
+    nn.utils.spectral_norm(net.conv)
+    report = checkup(net, IMAGES)
+    assert refused(report) == ["conv", "act", "the network", "act"]
+    assert report.problems[0].remedy == "make it plain with torch.nn.utils.remove_spectral_norm"
+    assert not called
+    assert len(net.act._forward_hooks) == len(net.conv._forward_pre_hooks) == 1
+
+
 def test_nothing_of_the_callers_is_changed():
+    images = IMAGES - 0.5
+    assert checkup(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 4, 3)), images)
+    assert torch.equal(images, IMAGES - 0.5)
     net = Usual().train()
     before = copy.deepcopy(net.state_dict())
     checkup(net, IMAGES)

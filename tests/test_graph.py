@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from micelab.activation import QuantClip, TrainableClip
 from micelab.convert import convert
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph import activations, trace
+from micelab.graph.checkup import checkup
 from micelab.graph.runner import LayerRunner, check_images
 from micelab.models import Normalize
 
@@ -62,6 +64,7 @@ LAYERS = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
     "one-dimensional": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.AvgPool1d(2)),
     "given by name": lambda: Net(lambda m, x: m.act(input=m.bn(input=m.conv(x))), bn=nn.BatchNorm2d(4), act=nn.ReLU()),
+    "behind dropout": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.Dropout2d(), nn.BatchNorm2d(6), nn.ReLU()),
     "several": lambda: nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()] * 3),
 }
 KEPT = {
@@ -94,10 +97,25 @@ def test_batch_norm_that_cannot_be_folded_stays_an_affine_layer(kind):
     assert len(norms(agrees(seeded(KEPT[kind])))) == 1
 
 
+@pytest.mark.parametrize("kind", [*LAYERS, *KEPT])
+def test_a_checkup_says_of_batch_norm_what_tracing_does_with_it(kind):
+    net = seeded((LAYERS | KEPT)[kind])
+    said = [finding.verdict for finding in checkup(net).findings if "BatchNorm" in finding.kind]
+    kept = len(norms(trace(net)))
+    assert said == ["stays"] * kept + ["folds away"] * (len(said) - kept)
+
+
+def test_two_batch_norms_in_a_row_both_go_into_the_layer_before():
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.ReLU()))
+    assert not norms(agrees(net))
+    assert checkup(net).count("folds away") == 2
+
+
 def test_sequences_of_as_many_steps_as_features_are_refused_where_batch_norm_was_folded():
     net = seeded(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.ReLU()))
-    with pytest.raises(ConversionError, match=r"layer `1`: batch-norm was folded .* gets \(\d+, 4, 64\).*: use fold=False"):
-        agrees(net)
+    for given in (net, trace(net)):  # also where the folded network is read once more
+        with pytest.raises(ConversionError, match=r"layer `1`: batch-norm was folded .* gets \(\d+, 4, 64\).*: use fold=False"):
+            LayerRunner(trace(given)).run(IMAGES)
     assert len(norms(agrees(net, fold=False))) == 1
 
 
@@ -143,6 +161,7 @@ AFFINE = {
     "flatten": lambda m, x: torch.flatten(F.relu(m.conv(x)), 1),
     "flatten method": lambda m, x: F.relu(m.conv(x)).flatten(start_dim=1),
     "view": lambda m, x: F.relu(m.conv(x)).view(x.size(0), -1),
+    "size that is counted on": lambda m, x: F.relu(m.conv(x)).view(x.size(0), grow(n := x.size(1), 4) * 8 * n),
     "view of a later size": lambda m, x: (y := F.relu(m.conv(x))).view(y.shape[0], -1),
     "view to minus one": lambda m, x: F.relu(m.conv(x)).view(-1, 4 * 8 * 8),
     "view to a tuple": lambda m, x: F.relu(m.conv(x)).view((x.size(0), x.size(1) * 64)),
@@ -160,6 +179,13 @@ AFFINE = {
     "in place and read again": lambda m, x: m.inplace(y := m.conv(F.relu(x))) + y,
     "in place, result dropped": lambda m, x: (y := m.conv(x), m.inplace(y), m.conv(y))[2],
     "in place on the images": lambda m, x: m.conv(m.inplace(x)) + x,
+    "in place, another name read": lambda m, x: (y := m.conv(x), k := m.same(y), m.conv(m.inplace(y)) + k)[2],
+    "in place by another name": lambda m, x: (y := m.conv(x), m.inplace(m.same(m.same(y))) + y)[1],
+    "in-place sum, the tensor read again": lambda m, x: (y := m.conv(x), grow(y, x), F.relu(y))[2],
+    "in-place sum, another name read": lambda m, x: (y := m.conv(x), k := m.same(y), grow(y, x), F.relu(k))[3],
+    "in place twice, names between": lambda m, x: (y := m.conv(x), k := m.same(m.inplace(y)), grow(y, x), k)[3],
+    "in place, a name no longer read": lambda m, x: (y := m.conv(x), k := m.same(y) + 1, m.inplace(y) + k)[2],
+    "in place, a view no longer read": lambda m, x: (y := m.conv(x), k := y.flatten(2).mean(2), m.inplace(y).mean((2, 3)) + k)[2],
 }
 
 
@@ -187,6 +213,23 @@ def test_affine_parts_convert_and_agree_in_the_ann_and_over_time(kind):
     torch.testing.assert_close(one[-1], run.logits[-1], rtol=1e-4, atol=0.02 * float(expected.abs().max()))
 
 
+class Stem(nn.Module):
+    """Takes more than images, all of it with a default that decides what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x, mask=None, scale=2.0, sizes=(1, 2), *rest, return_features=False, pool=F.avg_pool2d, **options):
+        features = F.relu(self.conv(x if mask is None else x * mask)) * scale + sizes[1] + len(rest) + len(options)
+        return (pool(features, 2), features) if return_features else pool(features, 2)
+
+
+def test_what_a_network_takes_beyond_images_keeps_its_default():
+    assert list(activations(agrees(seeded(Stem)))) == ["relu"]
+    assert checkup(Stem(), IMAGES)
+
+
 def test_a_torchvision_resnet_converts_once_its_max_pool_is_an_average():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -212,6 +255,29 @@ class TwoInputs(nn.Module):
         return F.relu(x + y)
 
 
+class NamedInput(nn.Module):
+    def forward(self, x, size=3, *, mask):
+        return F.relu(x + mask) * size
+
+
+class Compiled(nn.Module):
+    """What torch.compile gives back, for all that shows; the real one takes 20 s to import."""
+
+    def __init__(self, net):
+        super().__init__()
+        self._orig_mod = net
+
+
+def with_hook(net, register, hook):
+    getattr(net[0], register)(hook)
+    return net
+
+
+def pruned(net):
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
 class Wordless(nn.Module):
     def forward(self, x):
         assert type(x) is torch.Tensor
@@ -233,10 +299,49 @@ REFUSED = {
     "control flow": (Branching, "Branching.forward cannot be read"),
     "an assertion": (Wordless, "Wordless.forward cannot be read as a fixed graph of layers .assert"),
     "two inputs": (TwoInputs, r"takes 2 inputs \(x, y\)"),
+    "an input by name": (NamedInput, r"takes 2 inputs \(x, mask\)"),
     "no ReLU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), "nothing to convert"),
     "a parametrized weight": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.ReLU()),
         "layer `0` has a parametrized weight.*remove_parametrizations",
+    ),
+    "spectral_norm": (
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), nn.ReLU()),
+        "layer `0` has a weight that spectral_norm makes anew.*: make it plain with torch.nn.utils.remove_spectral_norm",
+    ),
+    "weight_norm": (
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), nn.ReLU()),
+        "layer `0` has a weight that weight_norm makes anew.*: make it plain with torch.nn.utils.remove_weight_norm",
+    ),
+    "pruning": (
+        lambda: pruned(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())),
+        "layer `0` has a weight that pruning makes anew.*: make it plain with torch.nn.utils.prune.remove",
+    ),
+    "a hook": (
+        lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_hook", lambda m, x, y: 2 * y),
+        "layer `0` has a forward hook.*: take it away",
+    ),
+    "a hook before": (
+        lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_pre_hook", lambda m, x: None),
+        "layer `0` has a forward hook.*: take it away",
+    ),
+    "a lazy layer": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), "layer `0` has no weights yet: run the network once"),
+    "a wrapped network": (
+        lambda: nn.DataParallel(nn.Sequential(nn.ReLU())),
+        "DataParallel only wraps.*: use its .module instead",
+    ),
+    "a wrapped layer": (
+        lambda: nn.Sequential(nn.ReLU(), nn.DataParallel(nn.Conv2d(4, 4, 3))),
+        "layer `1` only wraps.*its .module",
+    ),
+    "a compiled network": (
+        lambda: Compiled(nn.Sequential(nn.ReLU())),
+        "Compiled only wraps a network.*: use its ._orig_mod instead",
+    ),
+    "a scripted network": (lambda: torch.jit.script(nn.Sequential(nn.ReLU())), "use the Python module that was scripted instead"),
+    "a view of what a layer writes into": (
+        lambda: Net(lambda m, x: (y := m.conv(x), k := y.flatten(2), m.act(y).mean((2, 3)) + k.mean(2))[2], act=nn.ReLU(True)),
+        "layer `act` writes into its input, and `flatten`, .* read afterwards: do it out of place, with inplace=False",
     ),
 }
 CALLS = {
@@ -278,22 +383,36 @@ CALLS = {
     "parameter by method": (lambda m, x: F.relu(x).mul(m.scale), "parameter `scale` directly"),
     "dropout that stays on": (lambda m, x: F.dropout(F.relu(x)), "`dropout`.*training=self.training"),
     "two outputs": (lambda m, x: (F.relu(x), x), "more than one tensor"),
+    "a tuple of one": (lambda m, x: (F.relu(x),), "gives back a tuple of one tensor: it must give back the tensor itself"),
+    "a dictionary of one": (lambda m, x: {"logits": F.relu(x)}, "gives back a dict of one tensor"),
     "a view written into": (lambda m, x: F.relu_((y := m.conv(x)).flatten(1)).sum(1) + y.sum((1, 2, 3)), "out of place"),
+    "a part of what is written": (
+        lambda m, x: (y := m.conv(x), k := y[:, :3], F.relu(y, inplace=True)[:, :3] + k)[2],
+        "`relu` in `forward` writes into its input, and `getitem`",
+    ),
+    "a part of a second name": (
+        lambda m, x: (y := m.conv(x), k := m.same(y).flatten(2), grow(y, x), k)[3],
+        "`add` in `forward` writes into its input, and `flatten`",
+    ),
+    "a result put elsewhere": (lambda m, x: (y := m.conv(x), torch.add(F.relu(x), 1, out=y), y)[2], "`add`.*: leave out= away"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.(nn.utils.weight_norm|jit.script).* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_layers_without_a_spiking_counterpart_are_refused_by_name(kind):
     make, text = REFUSED[kind]
     with pytest.raises(ConversionError, match=text):
         trace(make())
+    assert not checkup(make())
 
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_calls_that_are_not_affine_image_by_image_are_refused_by_name(kind):
     run, text = CALLS[kind]
     with pytest.raises(ConversionError, match=text):
-        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=Net(lambda m, x: torch.sigmoid(x))))
+        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=Net(lambda m, x: torch.sigmoid(x)), same=nn.Identity()))
 
 
 @pytest.mark.parametrize(
@@ -329,20 +448,22 @@ def test_what_is_no_network_is_refused():
         trace(net)
 
 
-def test_the_callers_network_is_never_changed_and_its_hooks_stay_its_own():
+def test_the_callers_network_is_never_changed_and_converts_once_its_hooks_are_taken_away():
     seen = []
     net = nn.Sequential(Normalize([0.5] * 4, [0.25] * 4), *seeded(LAYERS["several"]), nn.Dropout(), nn.ReLU(inplace=True)).train()
-    net[1].register_forward_hook(lambda *call: seen.append(call))
+    hook = net[1].register_forward_hook(lambda *call: seen.append(call))
     modules, state = list(net.modules()), copy.deepcopy(net.state_dict())
+    with pytest.raises(ConversionError, match="layer `1` has a forward hook"):
+        convert(net, "percentile", IMAGES)
+    assert [problem.layer for problem in checkup(net, IMAGES).problems] == ["1"]
+    assert not seen
+    hook.remove()
     snn = convert(net, "percentile", IMAGES)
     snn.simulate(IMAGES, 4)
     assert modules == list(net.modules())
     assert all(module.training for module in modules)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in state.items())
     assert all(parameter.requires_grad for parameter in net.parameters())
-    assert not seen
-    net(IMAGES)
-    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from micelab.exceptions import ConversionError, InputError, first_line
-from micelab.graph.affine import BATCH_NORMS, WEIGHTED, becomes_neurons, call_name, check_module, is_dropout, is_size
+from micelab.graph.affine import becomes_neurons, call_name, check_module, is_dropout, is_size
 from micelab.graph.runner import LayerRunner, check_images
-from micelab.graph.tracing import as_graph, check_numbers, make_plain, own_copy, trace
+from micelab.graph.tracing import as_graph, check_numbers, folds, make_plain, own_copy, trace, wrapped
 
 Verdict = Literal["spikes", "stays", "folds away", "refused"]
 VERDICTS: tuple[Verdict, ...] = ("spikes", "stays", "folds away", "refused")
@@ -99,16 +101,16 @@ def checkup(model: nn.Module, images: Tensor | None = None) -> Checkup:
         general.append(_problem(_layer_of(error), name, error))
 
     try:
-        copy = own_copy(model, refuse)
+        own = own_copy(model, refuse)
     except ConversionError as error:  # what follows only reads
         refuse(None, error)
-        copy = model
-    check_numbers(copy, refuse)
+        own = model
+    check_numbers(own, refuse)
     try:
-        traced = as_graph(copy)
+        traced = as_graph(own)
     except ConversionError as error:
         refuse(None, error)
-        return Checkup(name, (*general, *_by_module(copy)))
+        return Checkup(name, (*general, *_by_module(own)))
     findings = _by_node(traced, refuse)
     if not general and not any(finding.verdict == "refused" for finding in findings):
         general += _by_running(model, given)
@@ -128,7 +130,7 @@ def _by_node(traced: fx.GraphModule, refuse: Any) -> tuple[Finding, ...]:
         if (again := calls[layer]) > 1:  # a neuron layer has this name after conversion
             layer += f"_{again - 1}" if becomes_neurons(traced, node) else f" (call {again})"
         kind = call_name(node) if module is None else f"nn.{type(module).__name__}"
-        rows[node] = Finding(layer, kind, *_fate(traced, node, module))
+        rows[node] = Finding(layer, kind, *_fate(traced, node))
     refused: dict[fx.Node, ConversionError] = {}
 
     def hear(node: fx.Node | None, error: ConversionError) -> None:
@@ -138,22 +140,22 @@ def _by_node(traced: fx.GraphModule, refuse: Any) -> tuple[Finding, ...]:
             refused.setdefault(node, error)
 
     make_plain(traced, hear)
+    for norm, weighted in folds(traced).items():
+        rows[norm] = replace(
+            rows[norm], verdict="folds away", why=f"its scale and shift go into the weights of `{weighted.target}`"
+        )
     for node, error in refused.items():
         known = rows.get(node)
         rows[node] = _problem(known.layer if known else node.name, known.kind if known else call_name(node), error)
     return tuple(rows.values())
 
 
-def _fate(traced: fx.GraphModule, node: fx.Node, module: nn.Module | None) -> tuple[Verdict, str]:
+def _fate(traced: fx.GraphModule, node: fx.Node) -> tuple[Verdict, str]:
+    """What becomes of a node by itself; `folds` says which batch-norms go into the layer before them."""
     if becomes_neurons(traced, node):
         return "spikes", _WHY["spikes"]
     if is_dropout(traced, node):
         return "folds away", "dropout does nothing in evaluation"
-    if isinstance(module, BATCH_NORMS):
-        before = node.args[0] if node.args else None
-        own = isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
-        if own and isinstance(traced.get_submodule(str(before.target)), WEIGHTED):  # type: ignore[union-attr]
-            return "folds away", f"its scale and shift go into the weights of `{before.target}`"  # type: ignore[union-attr]
     return "stays", _WHY["stays"]
 
 
@@ -161,7 +163,9 @@ def _by_module(model: nn.Module) -> list[Finding]:
     """Where a network has no graph: its layers one by one, so that the other problems are seen as well."""
     findings: list[Finding] = []
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn") and not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if wrapped(module) or isinstance(module, (nn.Sequential, nn.ModuleList)):
+            continue
+        if type(module).__module__.startswith("torch.nn"):
             kind = f"nn.{type(module).__name__}"
             if any(name.startswith(f"{finding.layer}.") for finding in findings):
                 continue  # a part of a layer that was judged as a whole
@@ -181,7 +185,7 @@ def _fate_of_module(name: str, module: nn.Module) -> tuple[Verdict, str]:
     alone = fx.GraphModule({"layer": module}, graph)
     if not is_dropout(alone, node):
         check_module(name, module)
-    return _fate(alone, node, module)
+    return _fate(alone, node)
 
 
 def _by_running(model: nn.Module, images: Tensor | None) -> list[Finding]:
@@ -191,8 +195,10 @@ def _by_running(model: nn.Module, images: Tensor | None) -> list[Finding]:
         traced = trace(model)
         if images is None:
             return []
-        with torch.inference_mode():
-            said, wanted = LayerRunner(traced).run(images), own_copy(model)(images)
+        numbers = (value.dtype for value in chain(model.parameters(), model.buffers()) if value.is_floating_point())
+        given = images.to(next(numbers, images.dtype))  # as a simulation does
+        with torch.inference_mode():  # the network itself may write into its images, and into its buffers
+            said, wanted = LayerRunner(traced).run(given), copy.deepcopy(model).eval()(given.clone())
     except (ConversionError, InputError) as error:
         return [_problem(_layer_of(error), name, error)]
     except Exception as error:
