@@ -5,6 +5,7 @@ of its outputs over time is its output for the mean input. What is not is refuse
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ _REMEDIES = {
     "RNN": "it carries a state of its own from step to step: use convolutions or linear layers",
     "Upsample": "it has not been tried with spikes: use nn.ConvTranspose2d",
 }
+
+Refuse = Callable[[Any, ConversionError], None]
+"""What is done about a part that cannot be converted: called with its graph node (None for the whole network), and why."""
+
+
+def stop(_: Any, error: ConversionError) -> None:
+    """Refuses by raising: the first part that cannot be converted ends the reading."""
+    raise error
 
 
 def is_dropout(traced: fx.GraphModule, node: fx.Node) -> bool:

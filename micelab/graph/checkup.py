@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from micelab.exceptions import ConversionError, InputError, first_line
 from micelab.graph.affine import becomes_neurons, call_name, check_module, is_dropout, is_size
+from micelab.graph.batch_norm import folds
+from micelab.graph.own_copy import check_numbers, own_copy, wrapped
 from micelab.graph.runner import LayerRunner, check_images
-from micelab.graph.tracing import as_graph, check_numbers, folds, make_plain, own_copy, trace, wrapped
+from micelab.graph.tracing import as_graph, make_plain, trace
 
 Verdict = Literal["spikes", "stays", "folds away", "refused"]
 VERDICTS: tuple[Verdict, ...] = ("spikes", "stays", "folds away", "refused")

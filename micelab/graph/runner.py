@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -86,10 +88,11 @@ def labelled_batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of every batch of `loader`, checked; raises InputError where it gives none, or something else."""
     seen = 0
     for batch in loader if isinstance(loader, Iterable) and not isinstance(loader, Tensor) else [loader]:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise InputError(f"the loader gives a {type(batch).__name__}: give batches of (images [N, C, H, W], labels [N])")
-        yield check_images(batch[0]), batch[1]
-        seen += len(batch[1])
+        images = check_images(batch[0])
+        yield images, check_labels(batch[1], len(images))
+        seen += len(images)
     if not seen:
         raise InputError("the loader gave no images: give batches of (images, labels)")
 
@@ -106,3 +109,46 @@ def check_images(images: Any) -> Tensor:
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise InputError(f"image {bad} of the batch holds NaN or infinite values: remove or mend it")
     return images
+
+
+def check_labels(labels: Any, images: int) -> Tensor:
+    """`labels` as int64 if they are one class for each of so many images, [N]; raises InputError with the remedy otherwise.
+
+    >>> check_labels(torch.tensor([3, 1]), images=2)
+    tensor([3, 1])
+    """
+    given = f"a {type(labels).__name__}"
+    if isinstance(labels, Tensor):
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if whole and labels.shape == (images,):
+            return labels.long()
+    raise InputError(
+        f"labels are {given}: give an integer tensor [{images}], the class of each image, as y.flatten() is of [N, 1], "
+        "y.argmax(1) of one-hot rows, y.long() of floats and torch.as_tensor(y) of a list or an array"
+    )
+
+
+def check_time_steps(time_steps: Any) -> int:
+    """T as an int if it is an integer of any kind (NumPy's, too) and at least 1; raises InputError otherwise.
+
+    >>> check_time_steps(torch.arange(9)[8])
+    8
+    """
+    try:
+        steps = 0 if isinstance(time_steps, bool) else operator.index(time_steps)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise InputError(f"time_steps is {time_steps!r}: give an integer of at least 1")
+    return steps
+
+
+def in_own_type(network: nn.Module, images: Tensor) -> Tensor:
+    """`images` in the type of the network's own numbers: one in float64 takes no float32.
+
+    >>> in_own_type(nn.Linear(2, 2).double(), torch.zeros(1, 2)).dtype
+    torch.float64
+    """
+    own = (value.dtype for value in chain(network.parameters(), network.buffers()) if value.is_floating_point())
+    return images.to(next(own, images.dtype))
