@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], words: dict[str, Any])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises CheckpointError where the file is missing, cut off or not micelab's."""
+    """What `write_tensors` wrote. Raises CheckpointError where the file is missing, cut off, of another kind or not micelab's."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] not in (b"", b"{"):  # behind eight bytes that tell its length, a safetensors file has words
+            raise CheckpointError(
+                f"{path} is no safetensors file, and one of torch.save is not opened, since it may run code: load its weights "
+                "yourself (torch.load with weights_only=True) into a network of micelab.resnet20 or micelab.small_cnn, and "
+                "micelab.save that"
+            )
         with safe_open(str(path), framework="pt") as file:
             words = json.loads((file.metadata() or {})["micelab"])
+            if not isinstance(words, dict):
+                raise KeyError("micelab")
             return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or only half written ({error}): fetch or make it again") from error
@@ -62,7 +73,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Path:
     """Writes a network built by micelab (its `spec` goes along) and, beside it, its card as JSON; gives back the path.
 
-    `card`: recipe, seed, epochs, machine, accuracies, command; `dtype`: torch.float16 halves the file.
+    `card`: recipe, seed, epochs, machine, accuracies, command; `dtype`: torch.float16 halves the file, and `load` gives back
+    float32 all the same. Raises CheckpointError where `load` would give back another network: `model` is not in float32, or a
+    layer is not what the `spec` builds.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -70,18 +83,46 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
     ...     print(path.name, load(path).card)
     mine.safetensors {'seed': 0}
     """
-    spec = getattr(model, "spec", None)
-    if not spec or not spec.get("ann", True):
-        raise CheckpointError(
-            f"{type(model).__name__} has no `spec` to rebuild it from: use micelab.resnet20 or micelab.small_cnn, or torch.save"
-        )
+    check_spec(model)
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")  # "lr0.1" is no ending
     tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
-    write_tensors(path, tensors, {"spec": spec, "card": card or {}})
+    write_tensors(path, tensors, {"spec": model.spec, "card": card or {}})
     if card:
         write_json(path.with_suffix(".json"), card)
     return path
+
+
+def check_spec(model: nn.Module) -> None:
+    """Raises CheckpointError, naming the first layer that differs, where `model` is not the network that its `spec` builds."""
+    spec: Any = getattr(model, "spec", None)
+    if not isinstance(spec, dict) or not spec.get("ann", spec):
+        raise CheckpointError(
+            f"{type(model).__name__} has no `spec` to rebuild it from: use micelab.resnet20 or micelab.small_cnn, or torch.save"
+        )
+    tensors = model.state_dict()
+    if others := {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} - {torch.float32}:
+        raise CheckpointError(f"the network is in {others.pop()}, and `load` gives back torch.float32: save network.float()")
+    with torch.random.fork_rng(devices=[]):  # the weights it begins with are drawn, which a training must not notice
+        rebuilt = _restore(spec, tensors, "the network's `spec`")
+    own, told = ({name: _described(module) for name, module in network.named_modules()} for network in (model, rebuilt))
+    for name in own | told:
+        here, there = own.get(name, {"kind": "none"}), told.get(name, {"kind": "none"})
+        for key in there:
+            if here.get(key) != there.get(key):
+                layer = f"layer `{name}`" if name else "the network"
+                raise CheckpointError(
+                    f"{layer}: {key} is {here.get(key)}, and its `spec` builds {there[key]}, which `load` would give back: make "
+                    "the network with that option, if there is one, or use torch.save"
+                )
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint does not hold of a module, children aside: its kind, its options and the shapes of its tensors."""
+    options = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+    plain = {key: value for key, value in options.items() if isinstance(value, (int, float, str, tuple, type(None)))}
+    tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {"kind": type(module).__name__, **plain, "shapes": {name: tuple(tensor.shape) for name, tensor in tensors}}
 
 
 def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
@@ -97,10 +138,7 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
     tensors, words = read_tensors(path)
     if "spec" not in words:
         raise CheckpointError(f"{path} holds the state of a run and no network: give the model.safetensors beside it")
-    try:
-        model = _restore(words["spec"], tensors)
-    except (KeyError, MicelabError) as error:
-        raise CheckpointError(f"{path} names a network that this version does not know: {error}") from error
+    model = _restore(words["spec"], tensors, path)
     load_weights(model, tensors, path)
     model.card = words.get("card", {})
     return model.eval()
@@ -117,12 +155,16 @@ def start_from(model: nn.Module, name: str | Path) -> None:
     load_weights(model, weights | bounds, path)
 
 
-def _restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    if "ann" not in spec:
-        return models.build(spec)
+def _restore(spec: Any, tensors: dict[str, Tensor], source: Any) -> nn.Module:
+    """The network of a `spec` that `source` holds, its numbers not loaded."""
+    if not isinstance(spec, dict):
+        raise CheckpointError(f"{source} names no network: its `spec` is {spec!r}, where the options of one are needed")
     from micelab.convert import restore  # convert stands above this module
 
-    return restore(spec, tensors)
+    try:
+        return restore(spec, tensors) if "ann" in spec else models.build(spec)
+    except (KeyError, TypeError, ValueError, MicelabError) as error:
+        raise CheckpointError(f"{source} names a network that this version does not know: {error}") from error
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -141,6 +183,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
 
 def find(name: str | Path, folder: str | Path | None = None) -> Path:
     """The file of a checkpoint by name or path. Raises CheckpointError that lists what there is."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint is asked for as {name!r}: give its name or its path")
     direct = Path(name)
     if direct.suffix == ".safetensors" or direct.is_file():
         if not direct.is_file():

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from micelab.activation import TrainableClip, clip
 from micelab.exceptions import InputError
-from micelab.graph.runner import InputCollector, image_batches
+from micelab.graph.runner import InputCollector, check_time_steps, image_batches, in_own_type
 from micelab.graph.tracing import activations, trace
 from micelab.network.records import LayerRun
 from micelab.network.spiking import SpikingNetwork
@@ -140,6 +140,18 @@ class ErrorTable:
         return cls(**words | {"layers": layers})
 
 
+def check_spiking(snn: Any) -> None:
+    """Raises InputError where `snn` is no spiking network."""
+    if not isinstance(snn, SpikingNetwork):
+        raise InputError(f"snn is a {type(snn).__name__}: give the SpikingNetwork that micelab.convert gave")
+
+
+def steps_of(snn: SpikingNetwork, time_steps: Any) -> int:
+    """The T to measure `snn` at: `time_steps`, or, where that is None, what it was converted for; both are checked."""
+    check_spiking(snn)
+    return snn.time_steps if time_steps is None else check_time_steps(time_steps)
+
+
 def trace_of(ann: nn.Module, snn: SpikingNetwork) -> fx.GraphModule:
     """The graph of `ann`; raises InputError where its activations are not the layers of `snn`."""
     traced = trace(ann)
@@ -157,7 +169,8 @@ def error_breakdown(
     """The four error terms of every layer of `snn` against `ann`, for images [N, C, H, W] in [0, 1] or batches of them,
     at T = `time_steps` (default: those `snn` was converted for).
 
-    Images go through in chunks, sums are kept in float64. Raises InputError where the networks' layers do not match.
+    Images go through in chunks, sums are kept in float64. Raises InputError where the networks' layers do not match, or `snn`
+    is no spiking network.
 
     >>> import micelab
     >>> ann = micelab.small_cnn(activation="quant_clip")
@@ -165,14 +178,14 @@ def error_breakdown(
     >>> table.layers["stem.2"].timing.rms  # one step has no order
     0.0
     """
-    time_steps = snn.time_steps if time_steps is None else time_steps
+    time_steps = steps_of(snn, time_steps)
     collector = InputCollector(trace_of(ann, snn))
     sums: dict[str, _Sums] = {name: _Sums() for name in snn.neurons}
     seen = 0
     for batch in image_batches(images):
         for part, run in snn.stream(batch, time_steps):
             with torch.inference_mode():
-                collector.run(part)
+                collector.run(in_own_type(collector.traced, part))
                 for name, layer in run.layers.items():
                     if layer.residual.shape != collector.inputs[name].shape:
                         raise InputError(

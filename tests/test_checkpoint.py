@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import micelab
-from micelab import checkpoint, models
+from micelab import checkpoint, methods, models
 from micelab.exceptions import CheckpointError
 
 
@@ -89,9 +89,44 @@ def test_a_pickle_is_never_opened(tmp_path):
 
     file = tmp_path / "trap.safetensors"
     torch.save(Trap(), file)
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
         checkpoint.load(file)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_sound_file_of_torch_is_not_called_damaged(tmp_path, zipped):
+    file = tmp_path / "weights.pt"
+    torch.save(network().state_dict(), file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"weights.pt is no safetensors file, .* weights_only=True.* micelab.save"):
+        checkpoint.load(file)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"net"])
+def test_what_is_neither_name_nor_path_is_no_checkpoint(name):
+    with pytest.raises(CheckpointError, match=f"asked for as {name!r}: give its name or its path"):
+        checkpoint.load(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"spec": 5}, "names no network: its `spec` is 5"),
+        ({"spec": None}, "names no network: its `spec` is None"),
+        ({"spec": {"name": ["small_cnn"]}}, "names a network that this version does not know"),
+        ({"spec": {"name": "small_cnn", "mean": "dark"}}, "names a network that this version does not know"),
+        (
+            {"spec": {"ann": 5, "method": "qcfs", "signed": False, "fold": True}},
+            "names a network that this version does not know",
+        ),
+        (5, "was not written by micelab"),
+        ([], "was not written by micelab"),
+    ],
+)
+def test_words_that_describe_no_network_are_named(tmp_path, words, text):
+    checkpoint.write_tensors(tmp_path / "odd.safetensors", {"a": torch.zeros(1)}, words)
+    with pytest.raises(CheckpointError, match=rf"odd.safetensors {text}"):
+        checkpoint.load(tmp_path / "odd.safetensors")
 
 
 def test_safetensors_of_someone_else_are_named_as_such(tmp_path):
@@ -131,10 +166,69 @@ def test_numbers_that_are_none_are_found_and_named(tmp_path, bad):
 
 
 def test_a_network_that_this_version_does_not_know_is_named(tmp_path):
-    net = network()
+    net, file = network(), tmp_path / "new.safetensors"
     net.spec = net.spec | {"name": "resnet2000"}
-    with pytest.raises(CheckpointError, match="names a network that this version does not know"):
-        checkpoint.load(checkpoint.save(net, tmp_path / "new"))
+    checkpoint.write_tensors(file, net.state_dict(), {"spec": net.spec})
+    with pytest.raises(CheckpointError, match=r"new.safetensors names a network that this version does not know"):
+        checkpoint.load(file)
+    with pytest.raises(CheckpointError, match="the network's `spec` names a network that this version does not know"):
+        checkpoint.save(net, file)
+
+
+def changed(**layers):
+    """The network with some layers set anew."""
+    net = network()
+    for name, layer in layers.items():
+        net.set_submodule(name.replace("_", "."), layer)
+    return net
+
+
+def with_levels(levels):
+    net = network()
+    net.blocks[1][2].levels = levels
+    return net
+
+
+def spiking(net, **changes):
+    snn = micelab.convert(net, "qcfs", time_steps=4)
+    for name, value in changes.items():
+        setattr(snn, name, value)
+    return snn
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: with_levels(16), "layer `blocks.1.2`: levels is 16, and its `spec` builds 4"),
+        (lambda: changed(blocks_0_3=nn.AvgPool2d(2, stride=1)), "layer `blocks.0.3`: stride is 1, and its `spec` builds 2"),
+        (lambda: changed(stem_2=nn.ReLU()), "layer `stem.2`: kind is ReLU, and its `spec` builds QuantClip"),
+        (lambda: changed(head=nn.Linear(32, 5)), "layer `head`: out_features is 5, and its `spec` builds 10"),
+        (lambda: changed(head=nn.Linear(32, 10, bias=False)), "layer `head`: shapes is .*, and its `spec` builds .*bias"),
+        (lambda: changed(stem_3=nn.Identity()), "layer `stem.3`: kind is Identity, and its `spec` builds none"),
+        (lambda: changed(stem=network().stem[:2]), "layer `stem.2`: kind is none, and its `spec` builds QuantClip"),
+        (lambda: spiking(changed(head=nn.Linear(32, 5))), "layer `layers.head`: out_features is 5"),
+        (lambda: spiking(network(), time_steps=2), "the network: time_steps is 2, and its `spec` builds 4"),
+        (lambda: network().double(), "the network is in torch.float64, and `load` gives back torch.float32"),
+        (lambda: spiking(network()).half(), "the network is in torch.float16, and `load` gives back torch.float32"),
+    ],
+)
+def test_a_network_that_would_not_come_back_as_it_is_is_not_saved(tmp_path, make, text):
+    with pytest.raises(CheckpointError, match=text):
+        checkpoint.save(make(), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_networks_of_every_method_and_in_training_are_what_their_spec_builds(tmp_path, method):
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 8, 8)
+    ann = models.small_cnn(activation=methods.get(method).trained_with, width=4).train()
+    before = torch.get_rng_state()
+    checkpoint.save(ann, tmp_path / "ann")
+    assert torch.equal(torch.get_rng_state(), before)  # saving takes no part in a training's chance
+    snn = micelab.convert(ann, method, images, time_steps=4, per_channel=True, fold=method != "max")
+    back = micelab.load(micelab.save(snn, tmp_path / "snn"))
+    assert torch.equal(back(images), snn(images))
 
 
 def test_a_network_of_the_callers_own_making_cannot_be_saved_by_spec(tmp_path):

@@ -1,5 +1,6 @@
 """The four error terms: their sum, the cases in which a term must vanish, NumPy on a real simulation, words and refusals."""
 
+import copy
 import json
 
 import numpy as np
@@ -230,6 +231,14 @@ def test_images_that_are_none_are_refused(images, text):
     ann = network()
     with pytest.raises(InputError, match=text):
         error_breakdown(ann, convert(ann, "max", IMAGES), images, 2)
+
+
+def test_networks_may_be_of_two_types():
+    ann = network()
+    snn = convert(ann, "max", IMAGES)
+    plain = error_breakdown(ann, snn, IMAGES, 3).layers["stem.2"].total.rms
+    for two in ((copy.deepcopy(ann).double(), snn), (ann, copy.deepcopy(snn).double())):
+        assert error_breakdown(*two, IMAGES, 3).layers["stem.2"].total.rms == pytest.approx(plain, rel=1e-4)
 
 
 def test_error_of_a_layer_wants_numbers_of_one_shape_and_a_positive_threshold():

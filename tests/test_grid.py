@@ -136,6 +136,8 @@ def cnn():
             "layer `stem.0`: sums could reach",
         ),
         (cnn, {"time_steps": 0}, "time_steps is 0"),
+        (cnn, {"time_steps": True}, "time_steps is True"),
+        (lambda: cnn().half(), {}, "the network is in torch.float16, .* put model.float"),
         (lambda: small_cnn(in_channels=3), {}, "the model is a ImageNetwork: snap_to_grid takes what micelab.convert gives"),
         (
             lambda: convert(small_cnn(in_channels=3, activation="quant_clip"), "srp"),
@@ -148,6 +150,88 @@ def test_what_cannot_be_put_on_a_grid_is_refused_by_name(make, options, text):
     torch.manual_seed(0)
     with pytest.raises(InputError, match=text):
         snap_to_grid(make(), shape=SIDE, **options)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 16, 16), (3, 1, 1), 16, ("a",), (3, -1, 16)])
+def test_a_shape_that_the_network_does_not_take_is_named(shape):
+    snn = convert(nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 12 * 12, 2)), "max", pictures())
+    assert snap_to_grid(snn, bits=4, shape=[3, 16, 16]).most_steps == 8
+    with pytest.raises(InputError, match=r"shape is .*, which the network does not take: give \[C, H, W\]"):
+        snap_to_grid(snn, bits=4, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("pool", "values"),
+    [
+        (nn.AvgPool2d(4, stride=3, padding=1, count_include_pad=False), 9),
+        (nn.AvgPool2d((2, 4), stride=(2, 13), ceil_mode=True), 6),
+        (nn.AvgPool2d(2, divisor_override=3), 3),
+        (nn.AdaptiveAvgPool2d((3, 8)), 12),
+        (nn.AvgPool2d(4, stride=3, padding=1), None),
+        (nn.AvgPool2d((2, 4), padding=(1, 0), count_include_pad=False), None),
+        (nn.AvgPool2d(3, divisor_override=8), None),
+        (nn.AvgPool2d(4, stride=4, padding=2, ceil_mode=True), None),
+        (nn.AdaptiveAvgPool2d((5, 8)), None),
+        (nn.AdaptiveAvgPool2d((32, None)), None),
+    ],
+)
+def test_every_window_of_a_pooling_divides_by_a_power_of_two(pool, values):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Flatten())
+    snn = convert(net, "max", pictures(), time_steps=2)
+    if values:
+        with pytest.raises(InputError, match=f"layer `2` is a mean over {values} values"):
+            snap_to_grid(snn, bits=4, shape=SIDE)
+        return
+    snapped = snap_to_grid(snn, bits=4, shape=SIDE)
+    residual = snapped.simulate(pictures(), 2).layers["4"].residual
+    assert not bool((residual * 2**14).frac().any())  # 4 bits of the weights, 6 of the values, 4 at most of a mean
+
+
+class Wide(nn.Module):
+    """Spikes of two layers beside each other, as in a DenseNet."""
+
+    def __init__(self, cat):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.pool, self.head, self.cat = nn.AvgPool2d(16), nn.Linear(8, 2), cat
+
+    def forward(self, x):
+        a = torch.relu(self.one(x))
+        both = self.pool(self.cat(a, torch.relu(self.two(a))))
+        return torch.relu(self.head(torch.flatten(input=both, start_dim=1)))
+
+
+@pytest.mark.parametrize(
+    "cat",
+    [
+        lambda a, b: torch.cat([a, b], 1),
+        lambda a, b: torch.cat((a, b), dim=1),
+        lambda a, b: torch.cat(tensors=[a, b], dim=1),
+        lambda a, b: torch.concat([a, b], 1),
+    ],
+    ids=["list", "tuple", "by name", "concat"],
+)
+def test_networks_that_concatenate_are_put_on_a_grid(cat):
+    torch.manual_seed(0)
+    snn = convert(Wide(cat).eval(), "max", pictures(), time_steps=4)
+    snapped = snap_to_grid(snn, bits=6, shape=SIDE)
+    expected = copy.deepcopy(snapped).double().simulate(pictures())
+    for name, layer in snapped.simulate(pictures(), chunk=2).layers.items():
+        assert torch.equal(layer.residual.double(), expected.layers[name].residual), name
+
+
+def test_a_network_in_fp64_is_put_on_the_grid_of_its_fp32_copy():
+    torch.manual_seed(0)
+    ann = Wide(lambda a, b: torch.cat([a, b], 1)).eval()
+    snn = convert(ann, "max", pictures(), time_steps=4)
+    snapped, exact = (snap_to_grid(each, bits=6, shape=SIDE) for each in (snn, copy.deepcopy(snn).double()))
+    assert exact.layers.get_submodule("head").weight.dtype == torch.float64
+    run = exact.simulate(pictures())
+    for name, layer in snapped.simulate(pictures()).layers.items():
+        assert torch.equal(layer.residual.double(), run.layers[name].residual), name
+    mixed = convert(copy.deepcopy(ann).double(), "max", pictures(), time_steps=4)  # thresholds are fp32 all the same
+    assert snap_to_grid(mixed, bits=6, shape=SIDE).most_steps == 4
 
 
 def test_on_grid_rounds_to_the_nearest_multiple():

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from micelab.errors import check_spiking
 from micelab.exceptions import InputError
-from micelab.graph.runner import labelled_batches
+from micelab.graph.runner import check_time_steps, labelled_batches
 from micelab.network.spiking import Precision, SpikingNetwork
 
 
@@ -69,7 +70,7 @@ def accuracy_curve(
     time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
     precision: Precision = "fp32",
 ) -> AccuracyCurve:
-    """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels).
+    """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels [N] of an integer type).
 
     One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
     a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
@@ -80,17 +81,29 @@ def accuracy_curve(
     >>> curve = accuracy_curve(snn, micelab.load_data("digits").validation.batches(), (1, 2, 4))
     >>> curve.time_steps, curve.images, 0 <= curve.at(4) <= 1
     ((1, 2, 4), 143, True)
+
+    Raises InputError where `snn` is no spiking network or its answers are no logits [N, classes].
     """
-    given = tuple(time_steps) if isinstance(time_steps, Iterable) else (time_steps,)
-    if not given or not all(isinstance(t, int) and t >= 1 for t in given):
-        raise InputError(f"time_steps is {given}: give integers of at least 1, as in (1, 2, 4, 8)")
-    wanted = tuple(sorted(set(given)))
+    check_spiking(snn)
+    several = isinstance(time_steps, Iterable) and getattr(time_steps, "ndim", 1) > 0  # an array of one number is a number
+    wanted = tuple(sorted({check_time_steps(t) for t in (time_steps if several else [time_steps])}))
+    if not wanted:
+        raise InputError(f"time_steps is {time_steps}: give at least one, as in (1, 2, 4, 8)")
     right, seen = torch.zeros(len(wanted), dtype=torch.long), 0
     for images, labels in labelled_batches(loader):
         if snn.turns == 1:
-            predictions = snn.simulate(images, wanted[-1], record=False, precision=precision).predictions[[t - 1 for t in wanted]]
+            logits = snn.simulate(images, wanted[-1], record=False, precision=precision).logits[[t - 1 for t in wanted]]
         else:
-            predictions = torch.stack([snn(images, t, precision).argmax(-1) for t in wanted])
+            logits = torch.stack([snn(images, t, precision) for t in wanted])
+        predictions = torch.stack([classes(after) for after in logits])
         right += (predictions == labels.to(predictions.device)).sum(1).cpu()
         seen += len(labels)
-    return AccuracyCurve(wanted, tuple((right / seen).tolist()), seen, snn.method, snn.hidden_steps, snn.turns)
+    accuracy = tuple(count / seen for count in right.tolist())
+    return AccuracyCurve(wanted, accuracy, seen, snn.method, snn.hidden_steps, snn.turns)
+
+
+def classes(logits: Tensor) -> Tensor:
+    """The class of each image, [N], by logits [N, classes]; raises InputError where they are of another shape."""
+    if logits.dim() != 2:
+        raise InputError(f"the network answers {tuple(logits.shape)}: an accuracy needs logits [N, classes], one row an image")
+    return logits.argmax(1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
+from micelab.errors import steps_of
 from micelab.graph.affine import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_size
 from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import is_activation, trace
@@ -92,7 +95,9 @@ def energy(snn: SpikingNetwork, images: Tensor, time_steps: int | None = None) -
     """Spikes, synaptic operations and energy for one image, mean over `images` [N, C, H, W], and the ANN's beside them, at T =
     `time_steps` (default: those `snn` was converted for).
 
-    Every spike is counted: those of hidden steps, and those that signed neurons take back, too.
+    Every spike is counted: those of hidden steps, and those that signed neurons take back, too. What it costs depends on where
+    it arrives: one that a slice leaves out costs nothing there, one that a concatenation uses twice costs twice. Raises
+    InputError where `snn` is no spiking network.
 
     >>> import micelab
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
@@ -100,31 +105,30 @@ def energy(snn: SpikingNetwork, images: Tensor, time_steps: int | None = None) -
     >>> spent.snn_macs < spent.ann_macs, list(spent.spike_rates)[0]
     (True, 'stem.2')
     """
-    time_steps = snn.time_steps if time_steps is None else time_steps
+    time_steps = steps_of(snn, time_steps)
     signed = any(neuron.signed for neuron in snn.neurons.values())
     steps = time_steps + snn.hidden_steps
-    meter = _Meter(snn.layers)
-    sent: dict[str, float] = dict.fromkeys(snn.neurons, 0.0)
-    for part, run in snn.stream(images, time_steps, spikes=signed):
-        if not meter.macs:
-            with torch.inference_mode():
-                meter.run(part[:1])
+    sent: dict[str, Tensor] = {}
+    for _, run in snn.stream(images, time_steps, spikes=signed):
         for name, layer in run.layers.items():
             spent = layer.count if layer.spikes is None else layer.spikes.abs().sum(0)
-            sent[name] += float(spent.double().sum()) + (0.0 if layer.hidden is None else float(layer.hidden.double().sum()))
-    spikes = {name: total / len(images) for name, total in sent.items()}
+            spent = spent.sum(0) if layer.hidden is None else spent.sum(0) + layer.hidden.sum(0)
+            sent[name] = sent.get(name, 0) + spent.cpu().double()
+    spikes = {name: float(all_images.sum()) / len(images) for name, all_images in sent.items()}
+    with torch.inference_mode(False):
+        meter = _Arrivals(snn.layers, sent)
+        meter.run(torch.zeros(1, *images.shape[1:], dtype=torch.float64))
     macs, operations = 0.0, 0.0
     for node, cost in meter.macs.items():
-        sources = spike_sources(snn.layers, node.all_input_nodes[0])
+        sources = spike_sources(meter.traced, node.all_input_nodes[0])
         if sources == {IMAGES}:  # the image is the same at every step: once
             macs += cost
         elif sources & {IMAGES, REAL}:
             macs += cost * steps
         else:
-            operations += sum(spikes[source] for source in sources) * cost / meter.inputs[node]
-    for node in snn.layers.graph.nodes:  # a shortcut without weights adds its spikes to the membrane
-        if is_activation(snn.layers, node):
-            operations += sum(spikes.get(source, 0.0) for source in spike_sources(snn.layers, node.all_input_nodes[0]))
+            operations += meter.arrived[node] * cost / meter.inputs[node] / len(images)
+    shortcuts = (count for node, count in meter.arrived.items() if node not in meter.macs)  # without weights: into the membrane
+    operations += sum(shortcuts) / len(images)
     rates = {name: spikes[name] / (meter.neurons[name] * steps) for name in spikes}
     return Energy(time_steps, float(sum(meter.macs.values())), macs, operations, sum(spikes.values()), rates)
 
@@ -169,3 +173,46 @@ class _Meter(LayerRunner):
             else:
                 self.macs[n] = out.numel() * module.in_features
         return out
+
+
+class _Arrivals(_Meter):
+    """Runs the spikes of all images, `sent` [...] by layer, in the place of values, and counts those that arrive: at each
+    weighted layer, and at each activation those that no weight stands before.
+    """
+
+    def __init__(self, layers: fx.GraphModule, sent: Mapping[str, Tensor]):
+        super().__init__(copy.deepcopy(layers).cpu().double())
+        self.sent = sent
+        self.arrived: dict[fx.Node, float] = {}
+
+    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+        super().activate(name, module, z)
+        return self.sent[name][None]
+
+    def run_node(self, n: fx.Node) -> Any:
+        weighted = n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), WEIGHTED)
+        if weighted or is_activation(self.traced, n):
+            self.arrived[n] = float(self.env[n.all_input_nodes[0]].sum())
+            out = super().run_node(n)
+            return torch.zeros_like(out) if weighted else out  # behind weights are no spikes
+        if n.op in ("placeholder", "output") or is_size(n):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return _passed_on(lambda *a, **k: getattr(self, n.op)(n.target, a, k), args, kwargs)
+
+
+def _passed_on(operation: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Where the spikes among the arguments are after an affine operation: each goes on as one, whatever it is multiplied by,
+    and ends where it is not used."""
+    spikes: list[Tensor] = []
+    map_aggregate((args, kwargs), lambda value: spikes.append(value) if isinstance(value, Tensor) else None)
+
+    def call(*tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        put = lambda value: next(left) if isinstance(value, Tensor) else value
+        return operation(*map_aggregate(args, put), **map_aggregate(kwargs, put))
+
+    linear: Any = torch.func.vjp(call, *map(torch.zeros_like, spikes))
+    silent, shares_of = linear
+    shares = shares_of(torch.ones_like(silent))
+    return call(*(torch.where(share != 0, each / share, 0) for each, share in zip(spikes, shares, strict=True))) - silent

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from micelab.activation import clip, quantize
-from micelab.errors import trace_of
-from micelab.graph.runner import LayerRunner, labelled_batches
+from micelab.errors import steps_of, trace_of
+from micelab.graph.runner import LayerRunner, in_own_type, labelled_batches
+from micelab.metrics.accuracy import classes
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import over_time
 
@@ -66,7 +67,7 @@ def lost_points(
     The clipped network limits every activation to [0, theta]; the quantized one puts it on Q, the staircase of `time_steps`
     steps (default: those `snn` was converted for), with the start and the bias that the method gives its neurons; the SNN adds
     the order of spikes, and what the method does about it image by image. `snn_accuracy`: the SNN's over the same images where
-    it is known already.
+    it is known already. Raises InputError where the networks do not match or their answers are no logits [N, classes].
 
     >>> import micelab
     >>> ann = micelab.small_cnn(activation="quant_clip")
@@ -75,14 +76,14 @@ def lost_points(
     >>> abs(lost.clipping + lost.quantization + lost.timing - (lost.ann - lost.snn)) < 1e-9
     True
     """
-    steps = snn.time_steps if time_steps is None else time_steps
+    steps = steps_of(snn, time_steps)
     runners = [LayerRunner(trace_of(ann, snn)), _Substitute(snn, None), _Substitute(snn, steps)]
     right, seen = [0] * (4 if snn_accuracy is None else 3), 0
     for images, labels in labelled_batches(loader):
         with torch.inference_mode():
-            predictions = [runner.run(images).argmax(1) for runner in runners]
+            predictions = [classes(runner.run(in_own_type(runner.traced, images))) for runner in runners]
         if snn_accuracy is None:
-            predictions.append(snn.simulate(images, steps, record=False).predictions[-1])
+            predictions.append(classes(snn(images, steps)))
         right = [r + int((p == labels.to(p.device)).sum()) for r, p in zip(right, predictions, strict=True)]
         seen += len(labels)
     ann_share, clipped, quantized, snn_share = [r / seen for r in right] + ([] if snn_accuracy is None else [snn_accuracy])

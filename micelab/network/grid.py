@@ -8,18 +8,24 @@ works out, by intervals, the largest sum that any image could make in any order.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn import functional as F
 
-from micelab.exceptions import InputError
+from micelab.exceptions import InputError, first_line
 from micelab.graph.affine import POOLS, WEIGHTED, call_name, is_size
+from micelab.graph.runner import check_time_steps, in_own_type
 from micelab.graph.tracing import is_activation, module_of
 from micelab.models import Normalize
+from micelab.network.folded import largest_layer
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire
 from micelab.neuron.layout import over_channels
@@ -29,7 +35,8 @@ EXACT = 2**24
 
 _SAME_UNITS = (nn.Identity, nn.Flatten, nn.ZeroPad2d)
 _SUMS = (operator.add, torch.add)
-_SHAPES: set[Any] = {"flatten", "reshape", "contiguous", torch.flatten, torch.reshape, torch.cat}
+_SHAPES: set[Any] = {"flatten", "reshape", "contiguous", torch.flatten, torch.reshape}
+_SHAPES |= {torch.cat, torch.concat, torch.concatenate}
 
 
 def on_grid(values: Tensor, bits: int) -> Tensor:
@@ -63,7 +70,7 @@ def snap_to_grid(
     Weights become multiples of 2^-bits (bits in 1..16); thresholds, and the normalized images, of 2^-value_bits (1..16; a
     pixel of 8 bits is about 2^-6 after normalization); biases and start potentials of the products of the two. Nothing of
     `model` is changed. time_steps: the T up to which this is to hold (default: the one it was converted for); a longer
-    simulation is refused. shape: [C, H, W] of an image, where the network does not say it: (in_channels, 32, 32).
+    simulation is refused. shape: [C, H, W] of an image (default: the network's in_channels, 32, 32).
 
     Holds for images in [0, 1] and plain integrate-and-fire neurons, for counts, residuals and spikes; logits, behind a mean,
     may still round. Convolutions run as plain sums of products (no cuDNN, which may transform the weights), so on CUDA it is
@@ -76,27 +83,39 @@ def snap_to_grid(
     0.0
 
     Raises InputError naming the layer where sums could pass 2^24 units of their grid, where a value leaves the grid (a mean over
-    a number that is no power of two, batch-norm that is not folded) or where neurons are of another kind. Source: fp32 sums of
-    integers below 2^24 are exact (IEEE 754); docs/performance.md.
+    a number that is no power of two, batch-norm that is not folded) or where neurons are of another kind; and where the network
+    takes no images of that shape, or is in half precision. Source: fp32 sums of integers below 2^24 are exact (IEEE 754);
+    docs/performance.md.
     """
     for name, value in (("bits", bits), ("value_bits", value_bits)):
         if not isinstance(value, int) or not 1 <= value <= 16:
             raise InputError(f"{name} is {value!r}: give an integer from 1 to 16, the grid is 2^-{name}")
     if not isinstance(model, SpikingNetwork):
         raise InputError(f"the model is a {type(model).__name__}: snap_to_grid takes what micelab.convert gives back")
-    steps = model.time_steps if time_steps is None else time_steps
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"time_steps is {steps!r}: give an integer of at least 1")
+    steps = model.time_steps if time_steps is None else check_time_steps(time_steps)
+    image = _image_for(model, (model.spec.get("ann", {}).get("in_channels", 3), 32, 32) if shape is None else shape)
     snapped = copy.deepcopy(model)
     round_images(snapped.layers, value_bits)
     snap_numbers(snapped, bits, value_bits)
-    shape = shape or (snapped.spec.get("ann", {}).get("in_channels", 3), 32, 32)
     bounds = _Bounds(snapped.layers, bits, value_bits, steps)
     with torch.inference_mode():
-        bounds.run(torch.zeros(1, *shape, device=next(iter(snapped.neurons.values())).theta.device))
+        bounds.run(image)
     snapped.spec["grid"] = {"bits": bits, "value_bits": value_bits, "time_steps": steps}
     snapped.most_steps = steps
     return snapped
+
+
+def _image_for(model: SpikingNetwork, shape: Any) -> Tensor:
+    """A black image [1, C, H, W] that the network takes."""
+    device = next(iter(model.neurons.values())).theta.device
+    try:
+        image = in_own_type(model.layers, torch.zeros(1, *shape, device=device))
+        largest_layer(model.layers, image)
+    except (TypeError, RuntimeError, InputError) as error:
+        raise InputError(f"shape is {shape}, which the network does not take: give [C, H, W] ({first_line(error)})") from error
+    if image.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"the network is in {image.dtype}, whose sums round before 2^24 units: put model.float() on the grid")
+    return image
 
 
 def snap_numbers(snn: SpikingNetwork, bits: int, value_bits: int) -> None:
@@ -148,8 +167,8 @@ class _Bounds(fx.Interpreter):
         if n.op == "output":
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        given = _flat(args)
-        ranges = [value for value in given if isinstance(value, _Range)]
+        ranges: list[_Range] = []
+        map_aggregate((args, kwargs), lambda value: ranges.append(value) if isinstance(value, _Range) else None)
         lost = next((text for text in map(self.env.get, n.all_input_nodes) if isinstance(text, str)), None)
         if is_activation(self.traced, n):
             if lost:
@@ -176,15 +195,11 @@ class _Bounds(fx.Interpreter):
             return _Range(module(given.low), module(given.high), given.units)
         if isinstance(module, POOLS):
             low, high = module(given.low), module(given.high)
-            share = math.prod(a / b for a, b in zip(given.low.shape[2:], low.shape[2:], strict=True))
-            kernel = getattr(module, "kernel_size", None)
-            if kernel is not None:
-                sides = kernel if isinstance(kernel, tuple) else (kernel,) * (low.dim() - 2)
-                share = math.prod(sides)
-            more = math.log2(share)
-            if not more.is_integer():
-                return f"layer `{n.target}` is a mean over {share:g} values: on a grid that must be a power of two"
-            return _Range(low, high, given.units + int(more))
+            shares = divisors(module, given.low.shape[2:], low.shape[2:])
+            for share in shares:
+                if share & (share - 1):
+                    return f"layer `{n.target}` is a mean over {share} values: on a grid that must be a power of two"
+            return _Range(low, high, given.units + max(shares).bit_length() - 1)
         return None
 
     def _call(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], ranges: list[_Range]) -> Any:
@@ -199,12 +214,7 @@ class _Bounds(fx.Interpreter):
         return None
 
     def _apply(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], end: str) -> Any:
-        def pick(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(pick, value)) if type(value) in (tuple, list) else value
-            return getattr(value, end) if isinstance(value, _Range) else value
-
-        args = pick(tuple(args))
+        args, kwargs = map_aggregate((args, kwargs), lambda value: getattr(value, end) if isinstance(value, _Range) else value)
         return getattr(args[0], str(n.target))(*args[1:], **kwargs) if n.op == "call_method" else n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _weighted(self, name: str, module: Any, given: _Range) -> _Range | str:
@@ -235,7 +245,7 @@ class _Bounds(fx.Interpreter):
     def _neurons(self, name: str, module: Any, current: _Range) -> _Range:
         if type(module) is not IntegrateFire:
             raise InputError(f"layer `{name}` has neurons of kind {type(module).__name__}: only plain ones can be on a grid")
-        theta = over_channels(module.theta, current.low)
+        theta = over_channels(module.theta, current.low).to(current.low.dtype)
         start = (theta * over_channels(module.v0, current.low)).abs()
         units = max(current.units, self.bits + self.value_bits)
         membrane = _Range(self.time_steps * current.low - start, self.time_steps * current.high + start, units)
@@ -246,5 +256,23 @@ class _Bounds(fx.Interpreter):
         return _Range(-high if module.signed else torch.zeros_like(high), high, self.value_bits)
 
 
-def _flat(values: Any) -> list[Any]:
-    return [item for value in values for item in (_flat(value) if isinstance(value, (tuple, list)) else [value])]
+def divisors(pool: Any, sides: Sequence[int], outputs: Sequence[int]) -> list[int]:
+    """The numbers by which a pooling of `sides` (H, W) to `outputs` divides the sums of its windows, at the border too.
+
+    >>> divisors(nn.AvgPool2d(2, ceil_mode=True), (4, 5), (2, 3))
+    [2, 4]
+    """
+    if getattr(pool, "divisor_override", None):
+        return [pool.divisor_override]
+    adaptive, found = not hasattr(pool, "kernel_size"), []
+    options = [outputs] if adaptive else [pool.kernel_size, pool.stride, pool.padding]
+    by_side = [option if isinstance(option, Sequence) else [option] * len(sides) for option in options]
+    for side, *sizes in zip(sides, *by_side, strict=True):
+        pixels = torch.eye(side)[:, None]  # one at a time: each window says its share of it
+        if adaptive:
+            shares = F.adaptive_avg_pool1d(pixels, *sizes)
+        else:
+            kernel, stride, padding = sizes
+            shares = F.avg_pool1d(pixels, kernel, stride, padding, pool.ceil_mode, pool.count_include_pad)
+        found.append({round(1 / share) for share in shares.amax((0, 1)).tolist()})
+    return sorted({math.prod(sizes) for sizes in itertools.product(*found)})
