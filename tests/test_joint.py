@@ -16,7 +16,7 @@ import micelab
 from micelab import checkpoint, joint
 from micelab.activation import QuantClip, SpikeClip, straight_through
 from micelab.data import Split, load_data
-from micelab.exceptions import ConversionError, InputError, TrainingError
+from micelab.exceptions import CheckpointError, ConversionError, InputError, TrainingError
 from micelab.joint import prepare
 from micelab.joint.loop import SpikesInTheLoop, residual_penalty
 from micelab.joint.through_time import SpikesThroughTime
@@ -111,7 +111,7 @@ def test_in_training_batch_norm_is_that_of_the_mean_current_at_every_step(name):
             module.momentum = 1.0  # the running statistics become this batch's
     logits, _ = SpikesInTheLoop(net.train())(images, 4)
     # the running variance is the unbiased one: undo that, layer by layer, from the number of values it was taken over
-    counts, trained = {}, dict(net.named_modules())
+    counts, trained, hooks = {}, dict(net.named_modules()), []
 
     def count(path):
         return lambda module, args: counts.__setitem__(path, args[0].numel() // args[0].shape[1])
@@ -119,8 +119,10 @@ def test_in_training_batch_norm_is_that_of_the_mean_current_at_every_step(name):
     for path, own in frozen.named_modules():
         if isinstance(own, (nn.BatchNorm1d, nn.BatchNorm2d)):
             own.load_state_dict(trained[path].state_dict())
-            own.register_forward_pre_hook(count(path))
+            hooks.append(own.register_forward_pre_hook(count(path)))
     frozen(images)
+    for hook in hooks:
+        hook.remove()
     for path, own in frozen.named_modules():
         if path in counts:
             own.running_var.mul_((counts[path] - 1) / counts[path])
@@ -381,6 +383,14 @@ def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):
     with pytest.raises(InputError, match="--teacher tells 7 classes apart, digits has 10"):
         joint.train(config, tmp_path / "run", few, model=micelab.small_cnn(activation="quant_clip"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_its_spec_does_not_describe_is_refused_before_the_training(tmp_path):
+    ann = micelab.small_cnn(activation="quant_clip")
+    ann.head = nn.Linear(32, 10, bias=False)
+    with pytest.raises(CheckpointError, match="layer `head`"):
+        train(JointConfig(epochs=1, time_steps=(2,)), tmp_path / "run", model=ann, progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_teacher_that_teaches_nothing_is_refused():

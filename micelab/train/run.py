@@ -80,6 +80,9 @@ def carry_out(
     data = data or load_data(config.dataset, folder)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = kind(config, out, data, accelerator)
+    saves = bool(getattr(run.model, "spec", None))
+    if saves:
+        checkpoint.check_spec(run.model)
     if resume:
         run.read_state()
     elif (out / "state.safetensors").exists():
@@ -87,7 +90,7 @@ def carry_out(
     with _stop_signals() as stopped:
         while run.epoch < config.epochs:
             run.one_epoch(progress and accelerator.is_main_process, stopped)
-    if accelerator.is_main_process and getattr(run.model, "spec", None):
+    if accelerator.is_main_process and saves:
         run.round_weights()
         checkpoint.save(run.model, out / "model", run.card(command), STORAGE[config.storage])
     accelerator.wait_for_everyone()
