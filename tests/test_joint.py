@@ -389,7 +389,7 @@ def test_a_network_that_its_spec_does_not_describe_is_refused_before_the_trainin
     ann = micelab.small_cnn(activation="quant_clip")
     ann.head = nn.Linear(32, 10, bias=False)
     with pytest.raises(CheckpointError, match="layer `head`"):
-        train(JointConfig(epochs=1, time_steps=(2,)), tmp_path / "run", model=ann, progress=False)
+        joint.train(JointConfig(epochs=1, time_steps=(2,)), tmp_path / "run", model=ann, progress=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
