@@ -8,36 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from micelab.activation import ActivationName, NoisyQuantClip, SpikeClip, TrainableClip, quantize
-from micelab.exceptions import ConversionError, InputError
+from micelab.activation import ActivationName
+from micelab.exceptions import InputError
 from micelab.methods.calibration import match_rates, match_steps
 from micelab.methods.rivals import Accumulating, ChannelBias, Muting, Shifting, StepBias
+from micelab.methods.thresholds import Observation, highest, mean_square_optimal, noisy_bound, percentile, trained_bound
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What an activation of the ANN received on the calibration images.
-
-    `samples` [C, M] of its input z (a fixed, even choice where there were more), `highest` [C] over all; `time_steps`,
-    `percentile`, `v0`: what the user asked for.
-
-    >>> seen = Observation("relu", nn.ReLU(), torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([2.0]), 4, 99.9, 0.5)
-    >>> highest(seen)
-    tensor([2.])
-    """
-
-    layer: str
-    activation: nn.Module
-    samples: Tensor
-    highest: Tensor
-    time_steps: int
-    percentile: float
-    v0: Tensor | float
 
 
 @dataclass(frozen=True)
@@ -50,7 +29,7 @@ class Method:
     mean activations by layer [C], T) once thresholds are set; `each_step`: what it finds serves every number of steps up to
     T, so tables convert for their largest.
 
-    >>> import micelab
+    >>> import micelab, torch
     >>> half = Method("half-of-highest", "an example", theta=lambda seen: highest(seen) / 2, v0=0.5)
     >>> snn = micelab.convert(micelab.small_cnn(), register(half).name, torch.rand(8, 1, 8, 8), time_steps=4)
     >>> snn.method, METHODS.pop(half.name) is half  # and away again
@@ -102,82 +81,6 @@ def get(name: str) -> Method:
     if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method {name!r} is unknown: choose one of {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def highest(seen: Observation) -> Tensor:
-    """theta = the largest activation on the calibration images.
-
-    >>> highest(Observation("relu", nn.ReLU(), torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([2.0]), 4, 99.9, 0.5))
-    tensor([2.])
-    """
-    return seen.highest
-
-
-def percentile(seen: Observation) -> Tensor:
-    """theta = the p-th percentile of relu(z), 99.9 by default: single outliers no longer slow the layer down.
-
-    >>> percentile(Observation("relu", nn.ReLU(), torch.arange(101.0)[None], torch.tensor([100.0]), 4, 90.0, 0.5))
-    tensor([90.])
-    """
-    wide = seen.samples.to(torch.promote_types(seen.samples.dtype, torch.float32))  # quantile knows no half precision
-    return torch.quantile(wide.clamp(min=0), seen.percentile / 100, dim=1).to(seen.samples.dtype)
-
-
-def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:
-    """theta that minimizes mean (Q(z) - relu(z))^2 at T = `time_steps`, by search over 1..100 % of the largest activation.
-
-    >>> z = torch.tensor([[0.5] * 999 + [10.0]])  # one outlier
-    >>> mean_square_optimal(Observation("relu", nn.ReLU(), z, torch.tensor([10.0]), 4, 99.9, 0.5)) < 10
-    tensor([True])
-    """
-    z = seen.samples
-    best, least = seen.highest.clone(), torch.full_like(seen.highest, torch.inf)
-    for step in range(1, candidates + 1):
-        theta = (seen.highest * step / candidates).clamp(min=1e-12)
-        error = (quantize(z.T, theta, seen.time_steps, seen.v0).T - z.clamp(min=0)).square().mean(1)
-        best, least = torch.where(error < least, theta, best), torch.minimum(error, least)
-    return best
-
-
-def trained_bound(seen: Observation) -> Tensor:
-    """theta = the clipping bound that the network was trained with.
-
-    >>> from micelab import QuantClip
-    >>> z = torch.rand(1, 9)
-    >>> trained_bound(Observation("act", QuantClip(levels=4, theta=2.0), z, z.amax(1), 4, 99.9, 0.5)).detach()
-    tensor(2.)
-    """
-    if not isinstance(seen.activation, TrainableClip):
-        raise ConversionError(
-            f"layer `{seen.layer}` is nn.{type(seen.activation).__name__} and has no trained bound: train with "
-            'activation="clip" or "quant_clip", or convert with "max", "percentile" or "mse"'
-        )
-    return seen.activation.theta.detach()
-
-
-def trained_start(layer: str, activation: nn.Module) -> Tensor:
-    """v0 = the initial potential that the network was jointly trained with, in units of theta.
-
-    >>> from micelab import SpikeClip
-    >>> trained_start("act", SpikeClip(levels=4, theta=2.0))
-    tensor(0.5000)
-    """
-    if not isinstance(activation, SpikeClip):
-        raise ConversionError(
-            f"layer `{layer}` is {type(activation).__name__} and has no trained initial potential: train the network jointly "
-            'with micelab.joint (`micelab train --joint`), or convert it with "qcfs"'
-        )
-    return activation.v0.detach()
-
-
-def noisy_bound(seen: Observation) -> Tensor:
-    """theta = the clipping bound of a network trained with conversion noise."""
-    if not isinstance(seen.activation, NoisyQuantClip):
-        raise ConversionError(
-            f"layer `{seen.layer}` is {type(seen.activation).__name__}, which knows no conversion noise: train with "
-            'activation="noisy_quant_clip", or convert with "qcfs"'
-        )
-    return trained_bound(seen)
 
 
 register(
