@@ -14,7 +14,7 @@ from micelab.exceptions import InputError
 from micelab.models import resnet20
 from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
-from micelab.network.spike_convolutions import WAYS
+from micelab.network.spike_convolutions import WAYS, Spikes
 from micelab.neuron import building, compiled
 from micelab.neuron.firing import IntegrateFire
 
@@ -61,7 +61,7 @@ def test_the_currents_are_those_of_a_dense_convolution(name, channels, kernel, s
     for theta, rate in ((torch.tensor(0.7), 0.2), (torch.linspace(0.3, 2, channels[0]), 0.5), (torch.tensor(1.0), 0.0)):
         for shape in shapes:
             spikes = sent(shape, rate, theta)
-            found = WAYS[name].kind(layer, theta).currents(spikes)
+            found = WAYS[name].kind(layer, theta).currents(Spikes(spikes))
             assert found.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(found, layer(spikes), rtol=1e-5, atol=1e-5)
 
@@ -72,10 +72,10 @@ def test_sums_are_the_same_bits_for_any_number_of_images_and_threads(name, threa
     layer, theta = nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
     spikes = sent((40, 32, 16, 16), 0.2, theta)
     threads(1)
-    expected = WAYS[name].kind(layer, theta).currents(spikes)
+    expected = WAYS[name].kind(layer, theta).currents(Spikes(spikes))
     threads(3)
-    assert torch.equal(expected, WAYS[name].kind(layer, theta).currents(spikes))
-    assert torch.equal(expected[7:9], WAYS[name].kind(layer, theta).currents(spikes[7:9]))
+    assert torch.equal(expected, WAYS[name].kind(layer, theta).currents(Spikes(spikes)))
+    assert torch.equal(expected[7:9], WAYS[name].kind(layer, theta).currents(Spikes(spikes[7:9])))
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or not WAYS["events"].is_here("cpu"), reason="not for here")
@@ -89,13 +89,13 @@ def test_other_processors_add_in_the_same_order(instructions, channels, monkeypa
     torch.manual_seed(0)
     layer, theta = nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
     spikes = sent((4, channels, 9, 7), 0.2, theta)
-    expected = WAYS["events"].kind(layer, theta).currents(spikes)
+    expected = WAYS["events"].kind(layer, theta).currents(Spikes(spikes))
     others = [option for option in building.OPTIONS if option != "-march=native"]
     monkeypatch.setattr(building, "OPTIONS", (*others, "-march=x86-64", *instructions, "-Werror=implicit-function-declaration"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = building.load(building.compiler())
     monkeypatch.setattr(compiled, "shared_library", lambda: library)
-    assert torch.equal(WAYS["events"].kind(layer, theta).currents(spikes), expected)
+    assert torch.equal(WAYS["events"].kind(layer, theta).currents(Spikes(spikes)), expected)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_network_gives_nearly_the_same_and_the_same_bits_for_any_chunk(name, w
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "stride"), [(16, 16, 3, 1), (24, 32, 3, 2), (32, 96, 1, 1), (40, 64, 3, 1)]
 )
-@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("plus", ["currents", "spikes", "bits", None])
 @pytest.mark.parametrize("each", [True, False], ids=["channels", "layer"])
 def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_after_it(
     name, channels, outputs, kernel, stride, plus, each, threads
@@ -142,20 +142,28 @@ def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_aft
     layer, sender = nn.Conv2d(channels, outputs, kernel, stride, kernel // 2).requires_grad_(False), torch.tensor(0.7)
     steps, images = 6, 5
     spikes, by = sent((steps * images, channels, 13, 11), 0.2, sender), WAYS[name].kind(layer, sender)
-    due = by.due(spikes)
-    more = torch.randn(due.shape).contiguous(memory_format=torch.channels_last) if plus else None
+    due = by.due(Spikes(spikes))
+    height = torch.linspace(0.2, 0.4, outputs) if each else torch.tensor(0.3)
+    more = (
+        sent(due.shape, 0.2, height)
+        if plus != "currents"
+        else torch.randn(due.shape).contiguous(memory_format=torch.channels_last)
+    )
+    given = {"currents": more, "spikes": Spikes(more), "bits": Spikes.of_bits(Spikes(more).bits, height, outputs), None: None}[
+        plus
+    ]
     theta = torch.linspace(0.3, 0.9, outputs) if each else torch.tensor(0.5)
     neurons = IntegrateFire(theta, torch.linspace(-0.2, 1, outputs) if each else 0.5)
     expected = due.currents().unflatten(0, (steps, images))
-    did = neurons.respond(expected if more is None else expected + more.unflatten(0, (steps, images)), expected, steps)
+    did = neurons.respond(expected if plus is None else expected + more.unflatten(0, (steps, images)), expected, steps)
     for number in (1, 3):
         threads(number)
-        out, found = by.fire(spikes, neurons, steps, True, more)
-        assert torch.equal(out.unflatten(0, (steps, images)), expected)
+        out, found = by.fire(Spikes(spikes), neurons, steps, True, given)
+        assert torch.equal(out.numbers.unflatten(0, (steps, images)), expected)
         assert torch.equal(found.count, did.count)
         assert torch.equal(found.residual, did.residual)
         assert 0 < did.count.mean() < steps
-    assert torch.equal(by.fire(spikes, neurons, steps, False, more)[0], out)
+    assert torch.equal(by.fire(Spikes(spikes), neurons, steps, False, given)[0].bits, out.bits)
 
 
 @pytest.mark.parametrize("name", FIRING)
@@ -217,7 +225,7 @@ def test_a_float_is_the_sum_of_its_three_parts(name):
     layer = nn.Conv2d(1, 16, 1, bias=False).requires_grad_(False)
     layer.weight.copy_(values)
     spikes = torch.ones(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
-    found = WAYS[name].kind(layer, torch.tensor(1.0)).currents(spikes)
+    found = WAYS[name].kind(layer, torch.tensor(1.0)).currents(Spikes(spikes))
     assert torch.equal(found, values.view(1, 16, 1, 1).expand_as(found))
 
 
@@ -259,7 +267,7 @@ def test_memory_that_does_not_suffice_is_said_as_such(name, monkeypatch):
     for function in ("fire_events", "convolve_matrix"):
         monkeypatch.setattr(compiled.shared_library(), function, lambda *_: 1, raising=False)
     with pytest.raises(RuntimeError) as caught:
-        layer.currents(torch.zeros(1, 32, 4, 4))
+        layer.currents(Spikes(torch.zeros(1, 32, 4, 4)))
     assert machine.ran_out(caught.value)
 
 
@@ -268,7 +276,9 @@ def test_a_spike_beside_the_edge_is_seen_where_it_is(name):
     spikes = torch.zeros(1, 32, 3, 3)
     spikes[0, 5, 2, 0] = 1.0
     layer = nn.Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
-    assert torch.equal(WAYS[name].kind(layer, torch.tensor(1.0)).currents(spikes), F.conv2d(spikes, layer.weight, padding=1))
+    assert torch.equal(
+        WAYS[name].kind(layer, torch.tensor(1.0)).currents(Spikes(spikes)), F.conv2d(spikes, layer.weight, padding=1)
+    )
 
 
 @pytest.fixture
@@ -310,7 +320,7 @@ def test_the_numbers_do_not_depend_on_torchs_defaults(name, setting, wide):
                 assert WAYS[name].is_here("cpu")
                 layer = wide.layers.get_submodule("blocks.4.conv2")
                 spikes = sent_on_cpu((2, 32, 8, 8))
-                found = WAYS[name].kind(layer, torch.tensor(0.5, device="cpu")).currents(spikes)
+                found = WAYS[name].kind(layer, torch.tensor(0.5, device="cpu")).currents(Spikes(spikes))
         else:
             torch.set_default_dtype(getattr(torch, setting))
             found = None if WAYS[name].is_here("cpu") else pytest.fail("not found")
@@ -332,5 +342,5 @@ def test_a_threshold_of_another_type_counts_in_that_of_the_weights(name):
     layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     theta = torch.linspace(0.5, 2, 32)
     spikes = sent((2, 32, 6, 6), 0.3, theta)
-    found, expected = (WAYS[name].kind(layer, value).currents(spikes) for value in (theta.double(), theta))
+    found, expected = (WAYS[name].kind(layer, value).currents(Spikes(spikes)) for value in (theta.double(), theta))
     assert torch.equal(found, expected)

@@ -56,8 +56,8 @@ class LayerRunner(fx.Interpreter):
             )
         return out
 
-    def _inputs(self, n: fx.Node) -> list[Tensor]:
-        return [self.env[source] for source in n.all_input_nodes if isinstance(self.env[source], Tensor)]
+    def _inputs(self, n: fx.Node) -> list[Any]:
+        return [self.env[source] for source in n.all_input_nodes if hasattr(self.env[source], "shape")]
 
     def _shapes(self, n: fx.Node) -> str:
         return ", ".join(str(tuple(value.shape)) for value in self._inputs(n))

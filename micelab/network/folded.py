@@ -18,7 +18,7 @@ from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
 from micelab.network.records import LayerRun, Record
-from micelab.network.spike_convolutions import WAYS, ByEvents, Due, SpikeConvolution
+from micelab.network.spike_convolutions import WAYS, ByEvents, Due, SpikeConvolution, Spikes
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -52,7 +52,7 @@ class TimeFolded(LayerRunner):
     """Runs `steps` steps of n images, of which T = `time_steps` count (all, unless the neurons ask for more).
 
     Constant values are [n, ...] until the first neurons, all others [steps*n, ...]. `records` holds what each layer did;
-    `prepared` what is made of its weights for all images, which others who run the same layers may share.
+    `prepared` what is made of its weights for all images, by node, which others who run the same layers may share.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TimeFolded(LayerRunner):
         record: Record,
         spikes: bool,
         precision: str = "fp32",
-        prepared: dict[str, SpikeConvolution] | None = None,
+        prepared: dict[str, SpikeConvolution | None] | None = None,
     ):
         super().__init__(layers)
         self.prepared = {} if prepared is None else prepared
@@ -95,7 +95,29 @@ class TimeFolded(LayerRunner):
                 if is_activation(self.traced, n) and self.joins(neurons := module_of(self.traced, str(n.target))):
                     return self._fire_with(due, neurons)
                 self.env[source] = due.currents()
-        return super().run_node(n)
+        packed = {source: value for source in tensors if isinstance(value := self.env[source], Spikes)}
+        if self._own_convolution(n):
+            self.env[tensors[0]] = packed.setdefault(tensors[0], Spikes(self.env[tensors[0]]))
+        elif not isinstance(self.submodules.get(str(n.target)), nn.Identity):
+            self.env |= {source: spikes.numbers for source, spikes in packed.items()}
+        out = super().run_node(n)
+        self.env |= packed  # for those who take them as bits
+        return out
+
+    def _own_convolution(self, n: fx.Node) -> SpikeConvolution | None:
+        """What convolves spikes at the node `n` in a way of its own, or None where torch does, or `n` does something else."""
+        way = WAYS.get(self.precision)
+        if not way or n.op != "call_module" or n not in self.over_time:
+            return None
+        if n.name not in self.prepared:
+            module, sender = module_of(self.traced, str(n.target)), self._sender(n)
+            self.prepared[n.name] = way.kind(module, sender.theta) if way.suits(module, sender) else None
+        return self.prepared[n.name]
+
+    def _sender(self, n: fx.Node) -> Any:
+        """The neurons whose spikes the layer `n` reads, or None where it reads something else."""
+        source = n.all_input_nodes[0]
+        return module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
 
     def _is_joined(self, n: fx.Node) -> bool:
         """Whether the sum `n` of two currents is left to the neurons, which alone read it."""
@@ -122,17 +144,12 @@ class TimeFolded(LayerRunner):
                 return super().call_module(target, (args[0].float(), *args[1:]), kwargs)
             with torch.autocast(args[0].device.type, torch.bfloat16):
                 return super().call_module(target, args, kwargs)
-        source = self.node.all_input_nodes[0]
-        neuron: Any = module_of(self.traced, str(source.target)) if is_activation(self.traced, source) else None
-        if way := WAYS.get(self.precision):
-            if not way.suits(module, neuron):
-                return super().call_module(target, args, kwargs)
-            if target not in self.prepared:
-                self.prepared[target] = way.kind(module, neuron.theta)
-            convolution = self.prepared[target]
+        if convolution := self._own_convolution(self.node):
             return convolution.due(args[0]) if self._is_taken_along(convolution) else convolution.currents(args[0])
-        if not int8.suits(module, neuron):
+        neuron = self._sender(self.node)
+        if self.precision != "int8" or not int8.suits(module, neuron):
             return super().call_module(target, args, kwargs)
+        source = self.node.all_input_nodes[0]
         if source not in self.bytes:  # for all who read these spikes; older ones are done with
             self.bytes = {source: as_bytes(args[0])}
         return int8.convolve(self.bytes[source], int8.packed(module, neuron.theta, list(args[0].shape)))
@@ -205,25 +222,26 @@ class TimeFolded(LayerRunner):
         told = current.stride(0) != 0 and module.adds and self.steps == self.time_steps
         return None if told else over_time(self.counted(current))
 
-    def _join(self, module: Any, summands: tuple[Any, Any], sources: list[fx.Node]) -> Tensor:
+    def _join(self, module: Any, summands: tuple[Any, Any], sources: list[fx.Node]) -> Tensor | Spikes:
         """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
         due = [summand for summand in summands if isinstance(summand, Due)]
         if due:
             other = summands[0] if due[0] is summands[1] else summands[1]
             return self._fire_with(due[0], module, other.currents() if isinstance(other, Due) else other)
-        rooms = zip(summands, sources, strict=True)
+        currents = [summand.numbers if isinstance(summand, Spikes) else summand for summand in summands]
+        rooms = zip(currents, sources, strict=True)
         out = next((z for z, source in rooms if self.is_room(source)), None)
-        out = torch.empty_like(summands[0]) if out is None else out
-        first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*summands, out))
+        out = torch.empty_like(currents[0]) if out is None else out
+        first, second, steps = (z.unflatten(0, (self.steps, self.images)) for z in (*currents, out))
         self.fire_sum(module, first, second, steps)
         return out
 
-    def _fire_with(self, due: Due, module: Any, plus: Tensor | None = None) -> Tensor:
+    def _fire_with(self, due: Due, module: Any, plus: Tensor | Spikes | None = None) -> Spikes:
         """theta*s(t) of neurons that are done with the convolution that makes their currents, or the sum with `plus`."""
         assert isinstance(due.convolution, ByEvents)
         out, did = due.convolution.fire(due.spikes, module, self.steps, bool(self.record), plus)
         if self.record:
-            steps = out.unflatten(0, (self.steps, self.images))
+            steps = out.numbers.unflatten(0, (self.steps, self.images)) if self.spikes else None
             self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, steps)
         return out
 
@@ -233,9 +251,9 @@ class TimeFolded(LayerRunner):
         if self.record:
             self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, out)
 
-    def _layer_run(self, did: Firing, mean: Tensor | None, theta: Tensor, steps: Tensor) -> LayerRun:
+    def _layer_run(self, did: Firing, mean: Tensor | None, theta: Tensor, steps: Tensor | None) -> LayerRun:
         kind = torch.int8 if self.steps < 2**7 else torch.int16 if self.steps < 2**15 else torch.int32
-        spikes = self.counted(steps).sign().to(torch.int8) if self.spikes else None
+        spikes = self.counted(steps).sign().to(torch.int8) if self.spikes and steps is not None else None
         hidden = None if did.hidden is None else did.hidden.to(kind)
         membrane = did.residual if self.keeps_membranes else None
         theta = theta.to(did.residual.dtype)

@@ -9,15 +9,55 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from micelab.neuron.compiled import convolve_by_matrix, convolved_shape, fire_convolved, shared_library, sums_of_sets
+from micelab.neuron.compiled import (
+    EventLayer,
+    convolve_by_matrix,
+    convolved_shape,
+    packed,
+    shared_library,
+    sums_of_sets,
+    unpacked,
+)
 from micelab.neuron.firing import Firing, IntegrateFire
+
+
+class Spikes:
+    """Spikes of a layer at all steps, `shape` [N, C, H, W]: as numbers, theta (scalar or [C]) where there is one and else 0,
+    channels_last; or as bits, of which a byte holds eight channels. One of them is given, the other made when it is asked for.
+
+    >>> Spikes(torch.tensor([0.0, 0.7, 0.7]).view(1, 3, 1, 1)).bits.item()  # 2 + 4
+    6
+    """
+
+    dtype = torch.float32
+    theta: Tensor | None = None
+
+    def __init__(self, numbers: Tensor):
+        self.shape, self.numbers = numbers.shape, numbers
+
+    @classmethod
+    def of_bits(cls, bits: Tensor, theta: Tensor, channels: int) -> Spikes:
+        """Those of bits [N, H, W, ceil(C/8)], as `micelab.neuron.compiled.packed` gives them."""
+        made = cls.__new__(cls)
+        images, height, width, _ = bits.shape
+        made.shape, made.theta, made.bits = torch.Size((images, channels, height, width)), theta, bits
+        return made
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        assert self.theta is not None
+        return unpacked(self.bits, self.theta, self.shape[1])
+
+    @cached_property
+    def bits(self) -> Tensor:
+        return packed(self.numbers)
 
 
 class SpikeConvolution(ABC):
@@ -42,12 +82,12 @@ class SpikeConvolution(ABC):
         """Whether it takes a layer of so many channels with such a kernel."""
 
     @abstractmethod
-    def currents(self, spikes: Tensor) -> Tensor:
+    def currents(self, spikes: Spikes) -> Tensor:
         """[N, out, H, W], channels_last, of spikes [N, C, H, W], fp32."""
 
-    def due(self, spikes: Tensor) -> Due:
+    def due(self, spikes: Spikes) -> Due:
         """The same, to be done later. Raises RuntimeError where the kernel is larger than the padded map."""
-        return Due(self, spikes, torch.Size(convolved_shape(spikes, self.weight, self.stride, self.padding)))
+        return Due(self, spikes, torch.Size(convolved_shape(spikes.shape, self.weight, self.stride, self.padding)))
 
     def takes_along(self, neurons: Any) -> bool:
         """Whether these neurons, which read the currents, can be done with them."""
@@ -61,12 +101,13 @@ class ByEvents(SpikeConvolution):
 
     def __init__(self, convolution: Any, theta: Tensor):
         super().__init__(convolution, theta)
-        self.sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
+        sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
+        self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding)
 
     @staticmethod
     def by_sets(convolution: nn.Conv2d) -> bool:
         """In wide layers most sets are so rare, and large kernels have so many places, that their sums are not at hand."""
-        return convolution.in_channels <= 32 and convolution.kernel_size == (3, 3)
+        return convolution.in_channels <= 32 and convolution.kernel_size in ((1, 1), (3, 3))
 
     @staticmethod
     def serves(convolution: nn.Conv2d) -> bool:
@@ -75,14 +116,18 @@ class ByEvents(SpikeConvolution):
             return convolution.in_channels >= 16 and convolution.out_channels % 16 == 0
         return convolution.in_channels >= 32 and convolution.out_channels % 32 == 0
 
-    def currents(self, spikes: Tensor) -> Tensor:
-        return fire_convolved(spikes, self.weight, self.sums, self.bias, self.stride, self.padding)[0]
+    def currents(self, spikes: Spikes) -> Tensor:
+        return self.layer.currents(spikes.bits)
 
-    def fire(self, spikes: Tensor, neurons: IntegrateFire, steps: int, count: bool, plus: Tensor | None) -> tuple[Tensor, Firing]:
-        """Spikes of amplitude theta [steps*n, out, H, W] of the neurons that these currents, and `plus` like them, charge."""
-        given = (spikes, self.weight, self.sums, self.bias, self.stride, self.padding)
-        out, fired, residual = fire_convolved(*given, steps, (neurons.theta, neurons.v0), count, plus)
-        return out, Firing(fired, residual, neurons.v0)
+    def fire(
+        self, spikes: Spikes, neurons: IntegrateFire, steps: int, count: bool, plus: Tensor | Spikes | None
+    ) -> tuple[Spikes, Firing]:
+        """Spikes [steps*n, out, H, W] of the neurons that these currents, and `plus` like them, charge."""
+        more = None
+        if isinstance(plus, Spikes):
+            plus, more = (plus.numbers, None) if plus.theta is None else (None, (plus.bits, plus.theta))
+        bits, fired, residual = self.layer.fire(spikes.bits, steps, neurons.theta, neurons.v0, count, plus, more)
+        return Spikes.of_bits(bits, neurons.theta, len(self.bias)), Firing(fired, residual, neurons.v0)
 
 
 class ByMatrixUnit(SpikeConvolution):
@@ -92,8 +137,8 @@ class ByMatrixUnit(SpikeConvolution):
     def serves(convolution: nn.Conv2d) -> bool:
         return convolution.out_channels % 16 == 0
 
-    def currents(self, spikes: Tensor) -> Tensor:
-        return convolve_by_matrix(spikes, self.weight, self.bias, self.stride, self.padding)
+    def currents(self, spikes: Spikes) -> Tensor:
+        return convolve_by_matrix(spikes.numbers, self.weight, self.bias, self.stride, self.padding)
 
 
 @dataclass(frozen=True)
@@ -101,7 +146,7 @@ class Due:
     """Currents of `shape` [N, out, H, W] that are yet to be made of spikes [N, C, H, W]."""
 
     convolution: SpikeConvolution
-    spikes: Tensor
+    spikes: Spikes
     shape: torch.Size
     dtype = torch.float32
 

@@ -168,7 +168,7 @@ class SpikingNetwork(nn.Module):
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
 
-        prepared: dict[str, SpikeConvolution] = {}
+        prepared: dict[str, SpikeConvolution | None] = {}
 
         def work(part: Tensor) -> SimulationRun:
             return self._simulate(part, time_steps, record, spikes, precision, prepared)
@@ -244,7 +244,7 @@ class SpikingNetwork(nn.Module):
         record: Record,
         spikes: bool,
         precision: str = "fp32",
-        prepared: dict[str, SpikeConvolution] | None = None,
+        prepared: dict[str, SpikeConvolution | None] | None = None,
     ) -> SimulationRun:
         with torch.no_grad(), sums_of_products(self.most_steps is not None):
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision, prepared)

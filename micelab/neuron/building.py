@@ -23,7 +23,8 @@ OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPI
 
 FUNCTIONS = (
     *("fire", "ones", "staircase", "rate_gradient", "time_gradient"),
-    *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels", "sum_sets"),
+    *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels"),
+    *("pack_spikes", "unpack_spikes", "sum_sets"),
 )
 
 
@@ -58,8 +59,10 @@ def load(cc: str) -> Any:
         library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
         library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
-        library.sum_sets.argtypes = [place] * 2 + [size] * 2
-        library.fire_events.argtypes = [place] * 10 + [size] * 10 + [flag]
+        library.pack_spikes.argtypes = [place] * 2 + [size] * 2 + [flag]
+        library.unpack_spikes.argtypes = [place] * 3 + [size] * 2 + [flag]
+        library.sum_sets.argtypes = [place] * 2 + [size] * 3
+        library.fire_events.argtypes = [place] * 13 + [size] * 10 + [flag]
         for function in FUNCTIONS:
             getattr(library, function).restype = None
         return library
