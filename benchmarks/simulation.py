@@ -38,8 +38,7 @@ from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
 from micelab.network.memory import in_chunks
-from micelab.network.spike_convolutions import WAYS
-from micelab.network.spiking import PRECISIONS, is_here
+from micelab.network.spiking import PRECISIONS, Precision, is_here
 
 Way = Callable[[Tensor, int], Any]
 STEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024), (16, 32, 64)
@@ -104,9 +103,9 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
     """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; for how many of them, as a
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
-    ways: dict[str, Any] = {mode: (snn, mode) for mode in PRECISIONS if is_here(mode, device)}
+    ways: dict[str, Any] = {mode: (snn, mode) for mode in PRECISIONS[1:] if is_here(mode, device)}
     snapped, bits = on_a_grid(snn, time_steps)
-    ways["grid"] = (snapped, "fp32")
+    ways["grid"] = (snapped, "auto")
     answers: dict[str, list[Tensor]] = {name: [] for name in ways}
     labels = []
     for pixels, classes in data.test.head(images).batches(500, device=device):
@@ -156,11 +155,10 @@ def converted(name: str, device: str) -> tuple[Any, micelab.SpikingNetwork]:
 
 
 def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict[str, Way]:
-    """micelab, its fast modes where the device has them, the floor, and the peers `names`."""
+    """micelab as it is by default, in its other precisions where the device has them, the floor, and the peers `names`."""
     found: dict[str, Way] = {"micelab": lambda x, t: snn.simulate(x, t, record=False).logits[-1]}
     found["micelab, everything recorded"] = lambda x, t: snn.simulate(x, t).logits[-1]
-    device = next(snn.layers.parameters()).device
-    for mode in (mode for mode in PRECISIONS[1:] if is_here(mode, device)):  # beside fp32
+    for mode in others(snn):
         found[f"micelab, {mode}"] = lambda x, t, mode=mode: snn.simulate(x, t, record=False, precision=mode).logits[-1]
     kinds = {"": None} | ({"bf16 ": torch.bfloat16} if "micelab, bf16" in found else {})
     for label, kind in kinds.items():
@@ -174,6 +172,13 @@ def ways(snn: micelab.SpikingNetwork, names: list[str], floor: int = 64) -> dict
     for name in names:
         found[name] = peers.peer(name, snn).run
     return found
+
+
+def others(snn: micelab.SpikingNetwork) -> list[Precision]:
+    """The precisions that the network's device has, beside the default."""
+    device = next(snn.layers.parameters()).device
+    usual = ("auto", snn.precision_here("auto", device))
+    return [mode for mode in PRECISIONS if mode not in usual and is_here(mode, device)]
 
 
 def timed(found: dict[str, Way], images: Tensor, time_steps: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -215,8 +220,8 @@ def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, n
     snapped = micelab.snap_to_grid(snn, time_steps=time_steps)
     oracle = copy.deepcopy(snapped).double().simulate(images, time_steps).layers
     found = {}
-    here = [mode for mode, way in WAYS.items() if way.is_here(str(images.device))]
-    for name, mode in {"micelab": "fp32", **{f"micelab, {mode}": mode for mode in here}}.items():
+    here = [mode for mode in others(snn) if mode not in ("bf16", "int8")]
+    for name, mode in {"micelab": "auto", **{f"micelab, {mode}": mode for mode in here}}.items():
         run = snapped.simulate(images, time_steps, record="counts", precision=mode)
         found[name] = {layer: did.count for layer, did in run.layers.items()}
     for name in names:
@@ -327,7 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = peers.installed()
     names = list(found)
     results |= {"peers": found, "time_steps": options.time_steps, "batch": options.batch, "rounds": options.rounds}
-    results |= {"native_bf16": has_bf16(options.device), "table": {}, "scaling": {}}
+    results |= {"native_bf16": has_bf16(options.device), "default": snn.precision_here("auto", options.device)}
+    results |= {"table": {}, "scaling": {}}
     with torch.inference_mode(), full_precision(images.device):
         results["counts_equal_to_fp64"] = counts_alike(snn, images[:8], min(options.time_steps, 8), names)
         for name, share in results["counts_equal_to_fp64"].items():

@@ -209,12 +209,12 @@ def test_evaluate_simulates_in_the_precision_that_is_asked_for_and_keeps_what_it
     from micelab.network.spiking import SpikingNetwork
 
     asked, simulate = [], SpikingNetwork.simulate
-    monkeypatch.setattr(SpikingNetwork, "simulate", lambda *a, **k: asked.append(k.get("precision", "fp32")) or simulate(*a, **k))
+    monkeypatch.setattr(SpikingNetwork, "simulate", lambda *a, **k: asked.append(k.get("precision", "auto")) or simulate(*a, **k))
     out = tmp_path / "results.json"
     words = ("evaluate", checkpoint, "--time-steps", "2", "--explain-at", 2, "--limit", 40, "--method", "qcfs", "--out", out)
     assert run(*words, "--precision", "events").exit_code == 0
     assert "events" in asked
-    assert "fp32" in asked  # the errors are told in fp32
+    assert "auto" in asked  # the errors are told as ever
     ran = "events" if WAYS["events"].is_here("cpu") else "fp32"
     assert json.loads(out.read_text())["results"]["qcfs"]["precision"] == ran
     monkeypatch.setattr(WAYS["events"].__class__, "is_here", lambda *_: False)
@@ -222,7 +222,7 @@ def test_evaluate_simulates_in_the_precision_that_is_asked_for_and_keeps_what_it
     assert json.loads(out.read_text())["results"]["qcfs"]["precision"] == "fp32"
     wrong = run(*words, "--precision", "fp64")
     assert wrong.exit_code == 2
-    assert "--precision 'fp64' is unknown: choose fp32, events, bf16x3, bf16, int8" in " ".join(wrong.output.split())
+    assert "--precision 'fp64' is unknown: choose auto, fp32, events, bf16x3, bf16, int8" in " ".join(wrong.output.split())
 
 
 def test_a_spiking_network_is_not_evaluated_as_if_it_were_trained(checkpoint, tmp_path):

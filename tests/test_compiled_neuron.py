@@ -173,7 +173,7 @@ def test_sums_of_two_currents_are_left_to_the_neurons(record, monkeypatch):
     monkeypatch.setattr(
         neuron.firing, "fire", lambda *args, plus=None, **more: joined.append(plus) or fire(*args, plus=plus, **more)
     )
-    run = snn.simulate(images, 3, record=record, chunk=2)
+    run = snn.simulate(images, 3, record=record, chunk=2, precision="fp32")
     assert sum(plus is not None for plus in joined) == 9  # one a residual block
     assert len(run.layers) == (19 if record else 0)
 

@@ -322,7 +322,7 @@ def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(mon
 
 
 def test_another_precision_is_refused():
-    with pytest.raises(InputError, match="precision is 'fp16': choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'"):
+    with pytest.raises(InputError, match="precision is 'fp16': choose 'auto', 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'"):
         spiking().simulate(digits(), 2, precision="fp16")
 
 

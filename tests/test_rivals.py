@@ -314,7 +314,7 @@ def test_step_bias_brings_the_mean_of_every_channel_to_the_anns_at_every_step():
         for spikes in (layer.spikes, before.layers[name].spikes):
             errors.append(max(np.abs(theta * oracle.channel_means(step.float()) - target).max() for step in spikes))
         step = theta / (20 * layer.count[0, 0].numel())  # what one spike more or less changes
-        assert errors[0] <= step
+        assert errors[0] <= step * (1 + 1e-5)  # means of fp32 numbers
         assert errors[0] < 0.1 * errors[1]
 
 

@@ -1,5 +1,6 @@
 """Compiled convolutions of spikes: the numbers of a dense one up to rounding, its bits on a grid, the same for any chunk."""
 
+import copy
 import platform
 
 import pytest
@@ -118,7 +119,7 @@ def test_on_a_grid_a_network_gives_the_same_bits(name, wide):
 @pytest.mark.parametrize("name", EITHER)
 def test_a_network_gives_nearly_the_same_and_the_same_bits_for_any_chunk(name, wide):
     expected = wide.simulate(pictures(), 6, precision=name)
-    dense = wide.simulate(pictures(), 6)
+    dense = wide.simulate(pictures(), 6, precision="fp32")
     torch.testing.assert_close(expected.logits, dense.logits, rtol=0.2, atol=0.2)
     other = [place for place, layer in dense.layers.items() if not torch.equal(layer.residual, expected.layers[place].residual)]
     assert all(place.startswith("blocks.") for place in other)
@@ -254,11 +255,32 @@ def test_convolutions_of_other_kinds_do_not_suit(options, wide):
 )
 @pytest.mark.usefixtures("asked_anew")
 def test_where_it_is_not_here_fp32_is_used_and_the_log_says_so_once(name, what, wide, monkeypatch, caplog):
-    monkeypatch.setattr(spike_convolutions, "shared_library", lambda: None)
+    monkeypatch.setattr(compiled, "shared_library", lambda: None)
     machine.say_lacking.cache_clear()
     for _ in range(2):
         assert torch.equal(wide(pictures(), 3), wide(pictures(), 3, name))
     assert [record.getMessage() for record in caplog.records] == [f"cpu has no {what}: going on in fp32, which is exact"]
+
+
+def test_by_default_convolutions_follow_the_spikes_where_they_can(wide, monkeypatch, caplog):
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and WAYS["events"].is_here("cpu")
+    usual = "events" if fast else "fp32"
+    assert wide.precision_here("auto", "cpu") == usual
+    assert wide.precision_here("auto", "cuda") == "fp32"
+    assert torch.equal(wide(pictures(), 6), wide(pictures(), 6, usual))
+    run = wide.simulate(pictures(), 6)
+    assert all(
+        torch.equal(layer.residual, run.layers[name].residual)
+        for name, layer in wide.simulate(pictures(), 6, precision=usual).layers.items()
+    )
+    for _, part in wide.stream(pictures(), 6):
+        assert torch.equal(part.logits, run.logits)
+    double = copy.deepcopy(wide).double()
+    assert double.precision_here("auto", "cpu") == "fp32"
+    monkeypatch.setattr(compiled, "shared_library", lambda: None)
+    assert wide.precision_here("auto", "cpu") == "fp32"
+    assert torch.equal(wide(pictures(), 6), wide(pictures(), 6, "fp32"))
+    assert not caplog.records  # the log has told of the compiler already
 
 
 @pytest.mark.parametrize("name", EITHER)

@@ -38,8 +38,8 @@ def evaluate(
     limit: LimitOption = None,
     calibration_images: CalibrationOption = 256,
     precision: Annotated[
-        str, typer.Option(help="Of the simulations: fp32, its numbers faster by events or bf16x3, other ones by bf16 or int8.")
-    ] = "fp32",
+        str, typer.Option(help="Of the simulations: events or fp32, whichever is faster (auto), bf16x3, bf16 or int8.")
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Write everything as JSON here; rows that are there already are kept.", callback=to_write)
     ] = None,

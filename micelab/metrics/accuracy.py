@@ -68,13 +68,13 @@ def accuracy_curve(
     snn: SpikingNetwork,
     loader: Iterable[tuple[Tensor, Tensor]],
     time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
 ) -> AccuracyCurve:
     """Accuracy of `snn` after each number of steps, over batches of (images in [0, 1], labels [N] of an integer type).
 
     One simulation at the largest T gives every T, since the logits after t steps do not depend on what comes later; only
-    a network whose layers wait for one another is simulated for each T by itself. `precision`: "events", "bf16x3", "int8" and
-    "bf16" are those of `SpikingNetwork.simulate`.
+    a network whose layers wait for one another is simulated for each T by itself. `precision`: as in
+    `SpikingNetwork.simulate`.
 
     >>> import micelab
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")

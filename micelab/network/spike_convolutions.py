@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from micelab.neuron import compiled
 from micelab.neuron.compiled import (
     EventLayer,
     convolve_by_matrix,
     convolved_shape,
     packed,
-    shared_library,
     sums_of_sets,
     unpacked,
 )
@@ -176,14 +176,14 @@ class Way:
 
 
 def _has_compiler() -> bool:
-    return shared_library() is not None
+    return compiled.shared_library() is not None
 
 
 @cache
 def _has_matrix_unit() -> bool:
     """Whether the matrix unit is here, and gives a dense convolution's numbers where they are exact: with weights of 19 bits,
     which take all three parts, whatever torch's defaults are at the time."""
-    if not _has_compiler() or not shared_library().has_matrix_unit():
+    if not _has_compiler() or not compiled.shared_library().has_matrix_unit():
         return False
     with torch.device("cpu"), torch.no_grad():
         generator = torch.Generator().manual_seed(0)

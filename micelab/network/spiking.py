@@ -33,9 +33,11 @@ DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
 
-Precision = Literal["fp32", "events", "bf16x3", "bf16", "int8"]
-"""fp32 is exact. events and bf16x3 (CPU only): fp32's numbers, added spike by spike in layers of 32 channels or more, or each as
-three bf16 numbers by a matrix unit (AMX), so that sums round in another order; on a grid the same bits. Two fast modes of other
+Precision = Literal["auto", "fp32", "events", "bf16x3", "bf16", "int8"]
+"""auto: events where that was seen to be faster (x86 with AVX2 and a C compiler), else fp32.
+
+Three have fp32's products, and differ in the order of their sums, on a grid in nothing: fp32, dense convolutions by torch; events
+(CPU only), spike by spike; bf16x3 (CPU only), each as three bf16 numbers by a matrix unit (AMX). Two are fast modes of other
 numbers, with membranes in fp32: bf16, convolutions and linear layers multiply bf16 numbers; int8 (CPU only), convolutions add
 weights of 8 bits where spikes are."""
 
@@ -52,7 +54,7 @@ _LACKING = {
 def is_here(precision: Precision, device: torch.device | str) -> bool:
     """Whether a simulation on this device can run in that precision."""
     has = {name: way.is_here for name, way in WAYS.items()} | {"bf16": has_bf16, "int8": int8.has_int8}
-    return precision == "fp32" or has[precision](str(device))
+    return precision in ("auto", "fp32") or has[precision](str(device))
 
 
 class SpikingNetwork(nn.Module):
@@ -100,7 +102,7 @@ class SpikingNetwork(nn.Module):
         """How many steps a run of T = `time_steps` takes in truth, until the last layer has ended."""
         return time_steps * self.turns + self.hidden_steps
 
-    def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Tensor:
+    def forward(self, images: Tensor, time_steps: int | None = None, precision: Precision = "auto") -> Tensor:
         """Mean logits after `time_steps` (default: those it was converted for), [N, classes]."""
         return self.simulate(images, time_steps, record=False, precision=precision).logits[-1]
 
@@ -111,7 +113,7 @@ class SpikingNetwork(nn.Module):
         record: Record = True,
         spikes: bool = False,
         chunk: int | None = None,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
     ) -> SimulationRun:
         """Runs `time_steps` steps (default: those it was converted for) on images [N, C, H, W]: logits after every step and what
         each layer did.
@@ -120,8 +122,8 @@ class SpikingNetwork(nn.Module):
         keeps every spike too ([T, N, ...] int8 a layer); `chunk` images go through at a time, which does not change the result:
         by default as many as fit the device budget, or, on a CPU, as many as were fastest in the first chunks. Where the device
         runs out of memory the chunk is halved, and stays so.
-        `precision` "events" and "bf16x3" add fp32's numbers in another order, "bf16" and "int8" are fast modes of other numbers
-        (docs/performance.md): where the device lacks one the log says so once, and fp32 is used.
+        `precision`: "fp32", "events" and "bf16x3" are of the same products, "auto" is the faster of the first two, "bf16" and
+        "int8" are fast modes of other numbers (`Precision`): where the device lacks one the log says so once, and fp32 is used.
         """
         time_steps = self._steps(time_steps)
         images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
@@ -130,7 +132,7 @@ class SpikingNetwork(nn.Module):
         if record not in (True, False, "counts"):
             raise InputError(f'record is {record!r}: choose True, "counts" or False')
         whole: SimulationRun | None = None
-        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, used):
+        for start, part, run in self._parts(images, time_steps, record or spikes, spikes, chunk, precision=used):
             if len(part) == len(images):
                 return run
             whole = whole or run.room_for(len(images))
@@ -142,10 +144,10 @@ class SpikingNetwork(nn.Module):
         """(images, run) chunk by chunk, so that what is kept stays small for any number of images."""
         time_steps = self._steps(time_steps)
         images = self._check(images, time_steps)
-        for _, part, run in self._parts(images, time_steps, True, spikes):
+        for _, part, run in self._parts(images, time_steps, True, spikes, precision=self.precision_here("auto", images.device)):
             yield part, run
 
-    def recorded(self, images: Tensor, time_steps: int | None = None, precision: Precision = "fp32") -> Replay:
+    def recorded(self, images: Tensor, time_steps: int | None = None, precision: Precision = "auto") -> Replay:
         """What calling the network does, for images of this shape and device only, all in one chunk: on CUDA it is recorded
         as a graph and replayed by one launch, which pays for few images; elsewhere it is the plain call.
 
@@ -163,7 +165,7 @@ class SpikingNetwork(nn.Module):
         return Replay(self, images, lambda part: self._simulate(part, steps, False, False, used).logits)
 
     def _parts(
-        self, images: Tensor, time_steps: int, record: Record, spikes: bool, chunk: int | None = None, precision: str = "fp32"
+        self, images: Tensor, time_steps: int, record: Record, spikes: bool, chunk: int | None = None, *, precision: str
     ) -> Iterator[tuple[int, Tensor, SimulationRun]]:
         def halved() -> None:
             self._shrink *= 1 if chunk else 2
@@ -223,11 +225,14 @@ class SpikingNetwork(nn.Module):
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
     def precision_here(self, precision: Precision, device: torch.device | str) -> Precision:
-        """What a simulation that is asked for `precision` runs in: itself, or fp32 where the device lacks it, which the log says
-        once."""
+        """What a simulation that is asked for `precision` runs in: itself; what "auto" is, "events" or "fp32", where it is
+        "auto" or where the device lacks it, which the log says once."""
         if precision not in PRECISIONS:
-            raise InputError(f"precision is {precision!r}: choose 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'")
+            raise InputError(f"precision is {precision!r}: choose {', '.join(map(repr, PRECISIONS[:-1]))} or {PRECISIONS[-1]!r}")
         own = next((value.dtype for value in self.layers.parameters()), torch.float32)
+        if precision == "auto":
+            vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+            return "events" if own == torch.float32 and vectors and is_here("events", device) else "fp32"
         if precision != "fp32" and own != torch.float32:
             raise InputError(f"precision {precision!r} is one of fp32 networks, this one is {own}: use .float(), or leave it out")
         if precision in ("bf16", "int8") and self.most_steps is not None:
@@ -235,7 +240,7 @@ class SpikingNetwork(nn.Module):
         if is_here(precision, device):
             return precision
         say_lacking(str(device), _LACKING[precision])
-        return "fp32"
+        return self.precision_here("auto", device)
 
     def _simulate(
         self,

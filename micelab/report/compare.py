@@ -40,7 +40,7 @@ class MethodResult:
     size: Size
     machine: str
     command: str = ""
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and names."""
@@ -119,7 +119,7 @@ def compare(
     progress: bool = False,
     command: str = "",
     before: str | None = None,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     **options: Any,
 ) -> Comparison:
     """Converts, simulates and explains: `networks` maps each row to the trained network it converts.
@@ -127,7 +127,7 @@ def compare(
     A row is named for its method, with a note where there are several: "mice T=4". `command`: what was typed, kept with each.
     Accuracy over the first `limit` images of `split` (all for None), errors and energy over the first `error_images` at
     T = `explain_at`; thresholds from the first `calibration_images` training images; `precision`: of the simulations for
-    accuracy, as in `SpikingNetwork.simulate` (errors are told in fp32); `options` go to `convert`.
+    accuracy, as in `SpikingNetwork.simulate` (errors are told in "auto"); `options` go to `convert`.
     """
     chosen = data.split(split).head(limit)
     calibration = to_float(data.train.images[:calibration_images])
@@ -144,7 +144,7 @@ def compare(
         snn = convert(ann, method, calibration, **{"time_steps": made_for} | options)
         batches = tqdm(chosen.batches(), desc=name, total=-(-len(chosen) // 256), disable=not progress, leave=False)
         curve = accuracy_curve(snn, batches, time_steps, precision)
-        known = curve.at(explain_at) if explain_at in curve.time_steps and precision == "fp32" else None
+        known = curve.at(explain_at) if explain_at in curve.time_steps and precision == "auto" else None
         results[name] = MethodResult(
             network=describe(ann.spec) if hasattr(ann, "spec") else type(ann).__name__,
             ann_accuracy=accuracies[id(ann)],
