@@ -108,7 +108,7 @@ def test_a_jointly_trained_network_spikes_as_its_card_says_and_better_than_its_s
 
     def reached(network, method):
         snn = micelab.convert(network, method)
-        return micelab.accuracy_curve(snn, part.batches(), (time_steps,), precision="bf16x3").at(time_steps)
+        return micelab.accuracy_curve(snn, part.batches(), (time_steps,)).at(time_steps)
 
     found, wanted = reached(net, "mice"), net.card["test_accuracy"]
     assert found == pytest.approx(wanted, abs=3.5 * (wanted * (1 - wanted) / len(part)) ** 0.5)
@@ -211,13 +211,11 @@ def test_the_docs_show_the_stored_accuracies_of_the_fast_modes(data):
     assert f"| mean cost in points, and its standard error | | | {' | '.join(costs)} |" in page
 
 
-@pytest.mark.parametrize("file", ["benchmark-simulation", "benchmark-simulation-epyc"])
+@pytest.mark.parametrize("file", ["benchmark-simulation", "benchmark-simulation-xeon"])
 def test_the_docs_show_the_stored_table_of_speeds(file):
     stored = json.loads((ROOT / "data" / "results" / f"{file}.json").read_text())
     page = (ROOT / "docs" / "performance.md").read_text()
-    for name, row in stored["table"]["2"].items():
-        if file.endswith("epyc") and name.split(",")[0].endswith("convolutions alone"):
-            continue
+    for row in stored["table"]["2"].values():
         ratio = f"{row['share_of_floor']:.2f} | {row['ratio_to_best_peer']:.2f}"
         speeds = f"{row['images_per_second']:.0f} | {row['lowest']:.0f}, {row['highest']:.0f}"
         assert f"| {speeds} | {ratio} |" in page
@@ -231,6 +229,8 @@ def test_the_docs_show_the_stored_milliseconds_of_convolutions_that_follow_spike
         ways = ("dense", "followed", "matrix unit", "scattered", "columns", "columns, product alone", "packed")
         cells = [str(row[way]["ms"]) for way in ways if way in row]
         assert f"| `{name}` | {row['shape'][1]} | {row['rate']:.3f} | {' | '.join(cells)} |" in page
+    for channels, row in stored["rates"].items():
+        assert f"| {channels} | {' | '.join(f'{ratio:.2f}' for ratio in row.values())} |" in page
 
 
 @pytest.mark.parametrize("name", ["digits-t2", "cifar10-t4"])
@@ -243,6 +243,13 @@ def test_an_ablation_in_the_docs_is_the_stored_one_digit_for_digit(name):
         numbers = [row["accuracy"], *(row["errors"][kind] for kind in shown)]
         cells = [f"{100 * number:.1f}" for number in numbers] + [f"{100 * row['points_lost']['timing']:+.1f}"]
         assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+def test_the_docs_show_the_stored_memory():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-memory.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for kept in ("logits", "stream", "counts", "all_kept"):
+        assert f" | {stored[f'{kept}_mb']:,} |\n" in page
 
 
 def test_the_docs_show_what_each_trick_gives():

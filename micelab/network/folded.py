@@ -97,7 +97,8 @@ class TimeFolded(LayerRunner):
                 self.env[source] = due.currents()
         packed = {source: value for source in tensors if isinstance(value := self.env[source], Spikes)}
         if self._own_convolution(n):
-            self.env[tensors[0]] = packed.setdefault(tensors[0], Spikes(self.env[tensors[0]]))
+            packed = packed or {tensors[0]: Spikes(self.env[tensors[0]])}
+            self.env |= packed
         elif not isinstance(self.submodules.get(str(n.target)), nn.Identity):
             self.env |= {source: spikes.numbers for source, spikes in packed.items()}
         out = super().run_node(n)
