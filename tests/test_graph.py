@@ -287,7 +287,8 @@ class Wordless(nn.Module):
 REFUSED = {
     "GELU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.GELU()), "layer `1` is nn.GELU"),
     "LeakyReLU": (lambda: nn.Sequential(nn.LeakyReLU()), "layer `0` is nn.LeakyReLU"),
-    "ReLU6": (lambda: nn.Sequential(nn.ReLU6()), "layer `0` is nn.ReLU6"),
+    "ReLU6": (lambda: nn.Sequential(nn.ReLU6()), r"layer `0` is nn.ReLU6.*TrainableClip\(6.0\)"),
+    "Hardtanh": (lambda: nn.Sequential(nn.Hardtanh(0, 4)), r"layer `0` is nn.Hardtanh.*TrainableClip\(max_val\)"),
     "MaxPool": (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "layer `1` is nn.MaxPool2d.*AvgPool2d"),
     "Softmax": (lambda: nn.Sequential(nn.ReLU(), nn.Softmax(1)), "layer `1` is nn.Softmax.*leave it out"),
     "LayerNorm": (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), "layer `1` is nn.LayerNorm.*BatchNorm"),

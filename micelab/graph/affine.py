@@ -50,6 +50,8 @@ OUT_OF_PLACE: dict[Any, Any] = {
     "neg_": "neg",
 }
 _REMEDIES = {
+    "ReLU6": "it is a clip at 6: put micelab.TrainableClip(6.0) in its place, which says the same with the same weights",
+    "Hardtanh": "from 0 up it is micelab.TrainableClip(max_val); what is below 0 plain spikes cannot say: use nn.ReLU",
     "MaxPool": "the maximum of spikes is not the spike count of the maximum: use nn.AvgPool2d or a stride, before training",
     "Softmax": "it is not affine: leave it out, the largest logit stays the largest",
     "LayerNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
