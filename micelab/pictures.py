@@ -29,7 +29,7 @@ def line_colours(labels: Sequence[str]) -> list[str]:
     """A colour for each line: that of the method which its label begins with, in another shade for each further line of it.
 
     >>> line_colours(["max, v0 = 0", "max, v0 = 1/2", "qcfs", "what is ticked"])
-    ['#332288', '#857ab7', '#117733', '#7A8FA6']
+    ['#332288', '#847ab7', '#117733', '#7A8FA6']
     """
     colours, lines, others = [], [method_of(label) for label in labels], 0
     for number, method in enumerate(lines):
@@ -56,7 +56,7 @@ def shade(colour: str, times: int) -> str:
     """A colour "#rrggbb", so many times darker by a quarter; where it is dark already, lighter.
 
     >>> shade("#80C0FF", 1), shade("#332288", 1)
-    ('#6090bf', '#857ab7')
+    ('#6090bf', '#847ab7')
     """
     if not times:
         return colour
