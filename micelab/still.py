@@ -80,8 +80,8 @@ def _draw(part: Any, figure: Any) -> None:
         grouped = [bar for bar in figure.data if bar.type == "bar" and figure.layout.barmode == "group"]
         grouped = [bar for bar in grouped if (bar.xaxis, bar.yaxis) == (trace.xaxis, trace.yaxis)]
         slots = list(dict.fromkeys(bar.offsetgroup or bar.name for bar in grouped))  # bars of one group share a place
-        place = [slots.index(trace.offsetgroup or trace.name), len(slots)] if trace in grouped else []
-        _TRACES[trace.type](axes[key], trace, *place)
+        slot = (slots.index(trace.offsetgroup or trace.name), len(slots)) if trace in grouped else ()
+        _TRACES[trace.type](axes[key], trace, *slot)
     for key, ax in axes.items():
         _dress(ax, figure.layout[_axis_name(key[0])], figure.layout[_axis_name(key[1])])
     first = next(iter(axes.values()))
@@ -116,7 +116,7 @@ def _room(figure: Any, wide: float, tall: float) -> tuple[float, float, float, f
     """Left, right, lower and upper end of the axes, as shares: room for title, legend, and names that stand aslant."""
     names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
     aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if x and isinstance(x[0], str))
-    if not any(trace.type != "image" for trace in figure.data):  # pictures have no axes to leave room for
+    if all(trace.type == "image" for trace in figure.data):  # pictures have no axes to leave room for
         return 0.02, 0.98, 0.05 / tall, 1 - 0.35 / tall
     left = 0.0098 * (figure.layout.margin.l or 70) / wide
     named = {_plain(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False}
