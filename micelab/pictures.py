@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from itertools import cycle
 
+from micelab import methods
 from micelab.errors import KINDS, ErrorTable
 from micelab.exceptions import MicelabError
 from micelab.metrics import AccuracyCurve
@@ -14,10 +16,54 @@ COLOURS = {"timing": "#D55E00", "quantization": "#0072B2", "clipping": "#E69F00"
 """One colour for each kind of error in the whole project (Okabe & Ito, safe for colour-blind readers)."""
 
 METHOD_COLOURS = (
-    *("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#AA4499", "#661100"),
-    *("#CC6677", "#5F6B00", "#E377C2", "#8C564B", "#7A49A5", "#17BECF"),
+    *("#332288", "#44AA99", "#882255", "#999933", "#117733", "#88CCEE", "#17BECF", "#661100"),
+    *("#CC6677", "#5F6B00", "#E377C2", "#8C564B", "#7A49A5", "#AA4499"),
 )
-"""Lines of methods, one for each: first Paul Tol's muted colours, safe for colour-blind readers; none means an error."""
+"""One for each method, in their order: Paul Tol's muted ones first, safe for colour-blind readers; none means an error."""
+
+OTHER_COLOURS = ("#7A8FA6", "#111111", "#4B6A5A", "#B5A48F")
+"""Of lines that name no method."""
+
+
+def line_colours(labels: Sequence[str]) -> list[str]:
+    """A colour for each line: that of the method which its label begins with, in another shade for each further line of it.
+
+    >>> line_colours(["max, v0 = 0", "max, v0 = 1/2", "qcfs", "what is ticked"])
+    ['#332288', '#847ab7', '#117733', '#7A8FA6']
+    """
+    colours, lines, others = [], [method_of(label) for label in labels], 0
+    for number, method in enumerate(lines):
+        if method is None:
+            colours.append(OTHER_COLOURS[others % len(OTHER_COLOURS)])
+            others += 1
+        else:
+            base = METHOD_COLOURS[list(methods.METHODS).index(method) % len(METHOD_COLOURS)]
+            colours.append(shade(base, lines[:number].count(method)))
+    return colours
+
+
+def method_of(label: str) -> str | None:
+    """The method that a line's label begins with, None where it names none.
+
+    >>> method_of("mice T=4"), method_of("max, v0 = 0"), method_of("what is ticked")
+    ('mice', 'max', None)
+    """
+    first = re.split("[ ,]", label, maxsplit=1)[0]
+    return first if first in methods.METHODS else None
+
+
+def shade(colour: str, times: int) -> str:
+    """A colour "#rrggbb", so many times darker by a quarter; where it is dark already, lighter.
+
+    >>> shade("#80C0FF", 1), shade("#332288", 1)
+    ('#6090bf', '#847ab7')
+    """
+    if not times:
+        return colour
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    dark = sum(share * part for share, part in zip((0.3, 0.59, 0.11), parts, strict=True)) < 75
+    towards, kept = (255, 0.6**times) if dark else (0, 0.75**times)
+    return "#" + "".join(f"{int(kept * part + (1 - kept) * towards):02x}" for part in parts)
 
 
 def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_accuracy: float) -> bytes:
@@ -33,11 +79,11 @@ def curve_and_errors(curves: Sequence[AccuracyCurve], table: ErrorTable, ann_acc
     picture = Figure(figsize=(12, 4.2), layout="constrained")
     FigureCanvasAgg(picture)
     left, right = picture.subplots(1, 2, width_ratios=[1, 2])
-    left.set_prop_cycle(color=METHOD_COLOURS)
     left.axhline(100 * ann_accuracy, color="0.3", linestyle="--", label=f"ANN {100 * ann_accuracy:.1f} %")
     drawn = [curve for curve in curves if curve.turns == 1] or list(curves)
-    for curve, style in zip(drawn, cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), strict=False):
-        left.plot(curve.true_steps, [100 * a for a in curve.accuracy], style, markersize=5, label=curve.method)
+    styles, colours = cycle(("o-", "s-", "^-", "v-", "D-", "x-", "P-")), line_colours([curve.method for curve in drawn])
+    for curve, style, colour in zip(drawn, styles, colours, strict=False):
+        left.plot(curve.true_steps, [100 * a for a in curve.accuracy], style, color=colour, markersize=5, label=curve.method)
     steps = curves[0].true_steps
     left.set_xscale("log", base=2)
     left.set_xticks(steps, [str(t) for t in steps])

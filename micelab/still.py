@@ -79,7 +79,9 @@ def _draw(part: Any, figure: Any) -> None:
             axes[key] = part.add_axes(place)
         grouped = [bar for bar in figure.data if bar.type == "bar" and figure.layout.barmode == "group"]
         grouped = [bar for bar in grouped if (bar.xaxis, bar.yaxis) == (trace.xaxis, trace.yaxis)]
-        _TRACES[trace.type](axes[key], trace, *([grouped.index(trace), len(grouped)] if trace in grouped else []))
+        slots = list(dict.fromkeys(bar.offsetgroup or bar.name for bar in grouped))  # bars of one group share a place
+        slot = (slots.index(trace.offsetgroup or trace.name), len(slots)) if trace in grouped else ()
+        _TRACES[trace.type](axes[key], trace, *slot)
     for key, ax in axes.items():
         _dress(ax, figure.layout[_axis_name(key[0])], figure.layout[_axis_name(key[1])])
     first = next(iter(axes.values()))
@@ -114,10 +116,13 @@ def _room(figure: Any, wide: float, tall: float) -> tuple[float, float, float, f
     """Left, right, lower and upper end of the axes, as shares: room for title, legend, and names that stand aslant."""
     names = [list(trace.x) for trace in figure.data if getattr(trace, "x", None) is not None]
     aslant = any(len(x) > 6 and len(str(x[0])) > 2 for x in names if x and isinstance(x[0], str))
+    if all(trace.type == "image" for trace in figure.data):  # pictures have no axes to leave room for
+        return 0.02, 0.98, 0.05 / tall, 1 - 0.35 / tall
     left = 0.0098 * (figure.layout.margin.l or 70) / wide
     named = {_plain(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False}
     lines = ceil(len(named) / _columns(named, wide)) if _has_legend(figure) else 0
-    above = 0.58 if not lines else 0.89 + 0.17 * max(0, lines - 2)  # inches
+    headed = any(note.text and note.xref == note.yref == "paper" for note in figure.layout.annotations)
+    above = 0.58 if not lines else 0.89 + 0.17 * max(0, lines + headed - 2)  # inches
     return left, 0.97, (1.2 if aslant else 0.76) / tall, 1 - above / tall
 
 
@@ -182,7 +187,7 @@ def _bar(ax: Any, trace: Any, number: int = 0, of: int = 1) -> None:
     for bar, text in zip(bars, trace.text or [], strict=False):
         end = bar.get_y() + bar.get_height()
         _word(ax, text, bar.get_x() + bar.get_width() / 2, end, -3 if bar.get_height() < 0 else 3)
-    for bar, hatch in zip(bars, hatches if isinstance(hatches, (list, tuple)) else [], strict=False):
+    for bar, hatch in zip(bars, [hatches] * len(bars) if isinstance(hatches, str) else hatches or [], strict=False):
         bar.set(hatch="///" if hatch else None, edgecolor="white", linewidth=0)
 
 

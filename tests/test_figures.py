@@ -12,7 +12,7 @@ import micelab
 from micelab import figures
 from micelab.exceptions import InputError
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
-from micelab.pictures import COLOURS
+from micelab.pictures import COLOURS, OTHER_COLOURS
 from micelab.train import TrainConfig, train
 
 LOST = ("clipping", "quantization", "timing")
@@ -70,14 +70,15 @@ def test_a_method_keeps_its_colour_and_never_takes_that_of_an_error():
     for trace in together.data:
         alone = figures.accuracy_over_time([curves[trace.name]]).data[0]
         assert (alone.line.color, alone.marker.symbol) == (trace.line.color, trace.marker.symbol)
-    assert not set(figures.METHOD_COLOURS) & set(COLOURS.values())
+    assert not {*figures.METHOD_COLOURS, *OTHER_COLOURS} & set(COLOURS.values())
+    assert not set(figures.METHOD_COLOURS) & set(OTHER_COLOURS)
     assert len(set(COLOURS.values()) | {figures.TOTAL}) == len(COLOURS) + 1
 
 
 def test_error_bars_hold_every_term_of_every_layer(table):
     figure = figures.error_bars(table)
-    assert [trace.name for trace in figure.data] == [*COLOURS, "total"]
-    for trace in figure.data:
+    assert [trace.name for trace in figure.data] == [*list(COLOURS)[:3], "the ANN clips too", "inherited", "total"]
+    for trace in (trace for trace in figure.data if trace.name != "the ANN clips too"):
         wanted = [100 * getattr(layer, trace.name).rms / layer.signal for layer in table.layers.values()]
         assert list(trace.y) == pytest.approx(wanted)
         assert list(trace.x) == list(table.layers)
@@ -86,10 +87,15 @@ def test_error_bars_hold_every_term_of_every_layer(table):
 
 
 def test_clipping_that_was_trained_in_is_hatched(table):
-    clipping = figures.error_bars(table).data[2]
+    clipping, said = figures.error_bars(table).data[2:4]
     assert set(clipping.marker.pattern.shape) == {"/"}
+    assert (said.name, said.showlegend, said.offsetgroup, list(said.y)) == ("the ANN clips too", True, "clipping", [0])
     foreign = replace(table, layers={name: replace(layer, trained_clip=False) for name, layer in table.layers.items()})
-    assert set(figures.error_bars(foreign).data[2].marker.pattern.shape) == {""}
+    clipping, said = figures.error_bars(foreign).data[2:4]
+    assert set(clipping.marker.pattern.shape) == {""}
+    assert not said.showlegend
+    later = figures.before_and_after(foreign, table, ("before", "after"))
+    assert [trace.showlegend for trace in later.data if trace.name == "the ANN clips too"] == [True]
 
 
 def test_layers_named_by_numbers_or_tags_keep_their_names(table):
@@ -161,6 +167,36 @@ def test_without_plotly_one_sentence_names_the_remedy():
     code += "except micelab.MicelabError as error:\n print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "figures need plotly: run `pip install micelab[figures]`"
+
+
+def test_a_line_has_the_colour_of_the_method_that_its_label_begins_with():
+    labels = ("max, v0 = 0", "max, v0 = 1/2", "qcfs, L = 4", "what is ticked")
+    lines = figures.accuracy_over_time([AccuracyCurve((1, 2), (0.5, 0.6), 10, label) for label in labels]).data
+    alone = [figures.accuracy_over_time([AccuracyCurve((1,), (0.5,), 10, name)]).data[0] for name in ("max", "qcfs")]
+    assert [lines[0].line.color, lines[2].line.color] == [line.line.color for line in alone]
+    assert [lines[0].marker.symbol, lines[2].marker.symbol] == [line.marker.symbol for line in alone]
+    assert lines[1].line.color not in (lines[0].line.color, *figures.METHOD_COLOURS)
+    assert lines[3].line.color == OTHER_COLOURS[0]
+
+
+def test_points_lost_against_an_ann_stand_on_a_log_scale_that_has_a_place_for_none():
+    curve = AccuracyCurve((1, 2, 4), (0.4, 0.88, 0.95), 100, "qcfs")
+    figure = figures.accuracy_over_time([curve], {"ANN (relu)": 0.9, "ANN (qcfs)": 0.89}, below="ANN (relu)")
+    assert list(figure.data[0].y) == pytest.approx([50, 2, 0.5])
+    assert [trace.name for trace in figure.data] == ["qcfs", "ANN (qcfs) 89.0 %"]
+    assert list(figure.data[1].y) == pytest.approx([1, 1])
+    assert (figure.layout.yaxis.type, figure.layout.yaxis.title.text) == ("log", "points below ANN (relu) 90.0 %")
+    low, high = figure.layout.yaxis.range
+    assert low > high  # few points lost stand on top
+    with pytest.raises(InputError, match=r"below is 'ANN': give the name of an ANN of ann_accuracy, one of none"):
+        figures.accuracy_over_time([curve], below="ANN")
+
+
+def test_many_pictures_stand_in_rows_of_five():
+    figure = figures.images_strip(torch.rand(7, 1, 4, 4), "abcdefg")
+    assert len(figure.data) == 7
+    assert {tuple(figure.layout[f"yaxis{n or ''}"].domain) for n in ("", 2, 3, 4, 5)} == {tuple(figure.layout.yaxis.domain)}
+    assert figure.layout.yaxis6.domain[1] < figure.layout.yaxis.domain[0]
 
 
 def test_networks_of_one_method_are_darker_each_time_and_have_other_symbols():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def staircase_over_relu(
     alt += f"most {error.largest:.3g}, on average by {error.mean:.3g}."
     layout = look(title or f"Q over ReLU: T = {time_steps}, v0 = {v0:.3g}", alt, 400, [t["name"] for t in data if "name" in t])
     layout["xaxis"] = {"title": {"text": "input current z (activation units)"}, "range": [low, high]}
-    layout["yaxis"] = {"title": {"text": "what the neuron says"}, "range": [-0.05 * theta, 1.55 * theta]}
+    layout["yaxis"] = {"title": {"text": "what the neuron says (activation units)"}, "range": [-0.05 * theta, 1.55 * theta]}
     return {"data": data, "layout": layout}
 
 
@@ -143,14 +144,18 @@ def start_choice(time_steps: int, v0: float = 0.5, theta: float = 1.0, title: st
     alt = f"Quantization error against the start at T = {time_steps}: the rms is least, {best.rms:.3g}, at v0 = 1/2, where the "
     alt += f"mean is 0; at v0 = {v0:.3g} they are {now.rms:.3g} and {now.mean:.3g}."
     layout = look(title or "Which start is best?", alt, 400, ["rms", "mean"])
+    layout["margin"] |= {"l": 78}
     layout["xaxis"] = {"title": {"text": "start v0 (in units of θ)"}, "range": [-0.03, 1.03]}
-    layout["yaxis"] = {"title": {"text": "quantization error"}, "range": [-0.55 * theta / time_steps, 0.65 * theta / time_steps]}
+    layout["yaxis"] = {
+        "title": {"text": "quantization error (activation units)"},
+        "range": [-0.55 * theta / time_steps, 0.65 * theta / time_steps],
+    }
     return {"data": data, "layout": layout}
 
 
 @Drawing
-def activation_histogram(z: Tensor, theta: float, bins: int = 40, title: str | None = None) -> Spec:
-    """How the positive inputs of a layer are spread, on a log scale; what lies above theta has the colour of clipping.
+def activation_histogram(z: Tensor, theta: float, bins: int = 40, title: str | None = None, layer: str | None = None) -> Spec:
+    """How the positive inputs of a `layer` are spread, on a log scale; what lies above theta has the colour of clipping.
 
     >>> activation_histogram(torch.linspace(-1, 2, 301), theta=1.5).layout.title.text
     '25.0 % of the active inputs are above θ'
@@ -164,10 +169,12 @@ def activation_histogram(z: Tensor, theta: float, bins: int = 40, title: str | N
     shares = (torch.histc(positive, bins, 0, top) / len(positive) * 100).tolist()
     colours = [COLOURS["clipping"] if middle > theta else NEUTRAL for middle in middles]
     bar = {"type": "bar", "x": middles, "y": shares, "width": width * 0.92, "marker": {"color": colours}}
-    alt = f"Spread of a layer's positive inputs, up to {top:.3g}: {above:.2g} % of them lie above theta = {theta:.3g}."
+    alt = f"Spread of the positive inputs of {layer or 'a layer'}, up to {top:.3g}: "
+    alt += f"{above:.2g} % of them lie above theta = {theta:.3g}."
     layout = look(title or f"{above:.1f} % of the active inputs are above θ", alt, 400)
     layout |= {"shapes": [_upright(theta)], "annotations": [_note(theta, f"θ = {theta:.2f}")]}
-    layout["xaxis"] = {"title": {"text": "input current z of the layer"}, "range": [0, 1.02 * top]}
+    of = f" of {escape(layer, quote=False)}" if layer else ""
+    layout["xaxis"] = {"title": {"text": f"input current z{of} (activation units)"}, "range": [0, 1.02 * top]}
     layout["yaxis"] = {"title": {"text": "share of the active inputs (%)"}, "type": "log", "range": [-2.3, 1.8]}
     layout["yaxis"] |= {"tickvals": [0.01, 0.1, 1, 10], "ticktext": ["0.01", "0.1", "1", "10"]}
     return {"data": [bar | {"hovertemplate": "z = %{x:.2f}: %{y:.2f} %<extra></extra>"}], "layout": layout}

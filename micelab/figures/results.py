@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
-from math import log10
+from math import ceil, log10
 from typing import Any
 
 from torch import Tensor
@@ -21,22 +21,29 @@ from micelab.figures.style import (
     labels,
     layer_axis,
     make_subplots,
-    shade,
     styled,
 )
 from micelab.metrics import AccuracyCurve, Energy, LostPoints
-from micelab.pictures import COLOURS, METHOD_COLOURS, relative_errors
+from micelab.pictures import COLOURS, line_colours, method_of, relative_errors
 
 _LOST = ("clipping", "quantization", "timing")
+_LEAST = 0.5
+"""Fewer points lost than these are shown as these: a logarithmic axis has no place for none."""
+_TRAINED_IN = "the ANN clips too"
+"""What hatched bars of clipping mean."""
 
 
 def accuracy_over_time(
-    curves: Sequence[AccuracyCurve], ann_accuracy: float | Mapping[str, float] | None = None, title: str | None = None
+    curves: Sequence[AccuracyCurve],
+    ann_accuracy: float | Mapping[str, float] | None = None,
+    title: str | None = None,
+    below: str | None = None,
 ) -> go.Figure:
     """Accuracy in % over true steps (T + hidden), a line for each conversion, a dashed one for the ANN's own accuracy.
 
     ann_accuracy: one number in [0, 1], or one for each network by its name. A method keeps its colour in every figure;
-    of several networks ("mice T=4", "mice T=8") each is darker than the last and has another symbol.
+    of several networks ("mice T=4", "mice T=8") each has another shade of it and another symbol. below: the name of one of
+    the ANNs; then the axis counts the points lost against it, on a log scale, where curves that crowd at the top part.
 
     >>> figure = accuracy_over_time([AccuracyCurve((1, 2), (0.6, 0.8), 100, "qcfs")], ann_accuracy=0.9)
     >>> [line.name for line in figure.data]
@@ -44,34 +51,42 @@ def accuracy_over_time(
     """
     if not curves:
         raise InputError("there is no accuracy curve to show: give at least one")
+    anns = {"ANN": ann_accuracy} if isinstance(ann_accuracy, (int, float)) else dict(ann_accuracy or {})
+    if below is not None and below not in anns:
+        raise InputError(f"below is {below!r}: give the name of an ANN of ann_accuracy, one of {', '.join(anns) or 'none'}")
+
+    def placed(accuracies: Sequence[float]) -> list[float]:
+        return [100 * a if below is None else max(_LEAST, 100 * (anns[below] - a)) for a in accuracies]
+
     figure, known = go.Figure(), list(methods.METHODS)
-    drawn: list[str] = []
-    for number, curve in enumerate(curves):
-        method = curve.method.split(" ")[0]
-        place, before = known.index(method) if method in known else len(known) + number, drawn.count(method)
+    said_there = "%{y:.2f} %" if below is None else "%{y:.2f} points lost"
+    drawn: list[str | None] = []
+    for number, (curve, colour) in enumerate(zip(curves, line_colours([c.method for c in curves]), strict=True)):
+        method = method_of(curve.method)
+        place, before = len(known) + number if method is None else known.index(method), drawn.count(method)
         drawn.append(method)
         hidden = f" ({curve.hidden_steps} hidden)" if curve.hidden_steps else ""
         hidden = f" (upper bound, {curve.true_words} steps)" if curve.turns > 1 else hidden
         figure.add_scatter(
             x=list(curve.true_steps),
-            y=[100 * a for a in curve.accuracy],
+            y=placed(curve.accuracy),
             name=escape(curve.method + hidden, quote=False),
             mode="lines+markers",
-            line={"color": shade(METHOD_COLOURS[place % len(METHOD_COLOURS)], before), "width": 2.5},
-            marker={"symbol": METHOD_SYMBOLS[(place + before) % len(METHOD_SYMBOLS)], "size": 9},
-            hovertemplate="%{x} true steps: %{y:.2f} %",
+            line={"color": colour, "width": 2.5},
+            marker={"symbol": METHOD_SYMBOLS[(place + (before if method else 0)) % len(METHOD_SYMBOLS)], "size": 9},
+            hovertemplate=f"%{{x}} true steps: {said_there}",
         )
     usual = [curve for curve in curves if curve.turns == 1] or curves  # an upper bound may run out of the picture
     ticks = sorted({t for curve in usual for t in curve.true_steps})
-    anns = {"ANN": ann_accuracy} if isinstance(ann_accuracy, (int, float)) else dict(ann_accuracy or {})
-    for (name, value), dash in zip(anns.items(), cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
+    lines = {name: value for name, value in anns.items() if name != below}
+    for (name, value), dash in zip(lines.items(), cycle(("dash", "dot", "dashdot", "longdash")), strict=False):
         figure.add_scatter(
             x=[ticks[0], ticks[-1]],
-            y=[100 * value] * 2,
+            y=placed([value]) * 2,
             name=escape(f"{name} {100 * value:.1f} %", quote=False),
             mode="lines",
             line={"dash": dash, "color": TOTAL, "width": 1.5},
-            hovertemplate="%{y:.2f} %",
+            hovertemplate=said_there,
         )
     figure.update_xaxes(
         range=[log10(ticks[0]) - 0.05, log10(ticks[-1]) + 0.05] if len(usual) < len(curves) else None,
@@ -80,7 +95,14 @@ def accuracy_over_time(
         ticktext=[str(t) for t in ticks],
         title="true time-steps T (hidden ones counted)" if any(c.hidden_steps for c in curves) else "time-steps T",
     )
-    figure.update_yaxes(title="accuracy (%)", range=[0, 103])
+    if below is None:
+        figure.update_yaxes(title="accuracy (%)", range=[0, 103])
+    else:
+        marks = [_LEAST, 1, 2, 5, 10, 20, 50, 100]
+        figure.update_yaxes(title=f"points below {escape(below, quote=False)} {100 * anns[below]:.1f} %")
+        figure.update_yaxes(
+            type="log", range=[2, log10(0.9 * _LEAST)], tickvals=marks, ticktext=[f"≤ {_LEAST}", *map(str, marks[1:])]
+        )
     said = "; ".join(f"{c.method} {100 * c.accuracy[-1]:.1f} % at T = {c.time_steps[-1]}" for c in curves)
     ann_said = "".join(f"; {name} {100 * value:.1f} %" for name, value in anns.items())
     return styled(figure, title or "Accuracy over time", f"Accuracy over time-steps: {said}{ann_said}.", 420)
@@ -90,13 +112,13 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
     """Each layer's four error terms side by side (rms in % of the layer's signal) and their total as a line.
 
     The terms have signs and are correlated, so their sizes do not add up to the total's: they stand beside each other.
-    Hatched clipping is the ANN's own, trained in, and costs it nothing.
+    Hatched clipping is the ANN's own, trained in, and costs it nothing; the legend says so where there is any.
 
     >>> import micelab, torch
     >>> ann = micelab.small_cnn(activation="quant_clip")
     >>> table = micelab.error_breakdown(ann, micelab.convert(ann, "qcfs"), torch.rand(4, 1, 8, 8), time_steps=4)
     >>> [bars.name for bars in error_bars(table).data]
-    ['timing', 'quantization', 'clipping', 'inherited', 'total']
+    ['timing', 'quantization', 'clipping', 'the ANN clips too', 'inherited', 'total']
     """
     if not table.layers:
         raise InputError("the error table holds no layers: nothing to show")
@@ -108,8 +130,11 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
             y=[100 * v for v in values],
             name=kind,
             marker=_of_kind(kind, hatch),
+            offsetgroup=kind,
             hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
         )
+        if kind == "clipping":
+            figure.add_bar(**_hatch_said(names, any(hatch)))
     figure.add_scatter(
         x=names,
         y=[100 * layer.relative for layer in table.layers.values()],
@@ -120,7 +145,7 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
         hovertemplate="%{x}, total: %{y:.1f} %<extra></extra>",
     )
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
-    layer_axis(figure, names, "; hatched: the ANN clips as well" if any(hatch) else "")
+    layer_axis(figure, names)
     figure.update_yaxes(title="error (rms, % of the signal)", rangemode="tozero")
     worst, errors = max(table.layers.items(), key=lambda item: item[1].relative)
     kind = max(KINDS, key=lambda k: getattr(errors, k).rms)
@@ -132,6 +157,13 @@ def error_bars(table: ErrorTable, title: str | None = None) -> go.Figure:
 def _hatches(table: ErrorTable) -> list[str]:
     """A pattern for each layer whose clipping is the ANN's own."""
     return ["/" if layer.trained_clip else "" for layer in table.layers.values()]
+
+
+def _hatch_said(names: list[str], shown: bool) -> dict[str, Any]:
+    """A bar of no height beside that of clipping: the legend's entry for the pattern."""
+    look = {"color": COLOURS["clipping"], "pattern": {"shape": "/", "size": 5}}
+    bar = {"x": names[:1], "y": [0], "name": _TRAINED_IN, "marker": look, "offsetgroup": "clipping"}
+    return bar | {"showlegend": shown, "hoverinfo": "skip"}
 
 
 def _of_kind(kind: str, hatches: list[str]) -> dict[str, Any]:
@@ -201,12 +233,15 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
                 y=[100 * v for v in values[kind]],
                 name=kind,
                 marker=_of_kind(kind, hatch),
+                offsetgroup=kind,
                 showlegend=row == 1,
                 legendgroup=kind,
                 hovertemplate=f"%{{x}}, {kind}: %{{y:.1f}} %<extra></extra>",
                 row=row,
                 col=1,
             )
+            if row == 1 and kind == "clipping":
+                figure.add_bar(**_hatch_said(layers, any(map(any, hatches))), row=1, col=1)
         figure.add_scatter(
             x=layers,
             y=[100 * v for v in total],
@@ -221,14 +256,14 @@ def before_and_after(before: ErrorTable, after: ErrorTable, names: tuple[str, st
         )
     top = 105 * max([*totals[0], *totals[1], *(v for values in rows for kind in KINDS for v in values[kind])], default=0.0)
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.0)
-    layer_axis(figure, layers, "; hatched: the ANN clips as well" if any(map(any, hatches)) else "")
+    layer_axis(figure, layers)
     figure.update_xaxes(title=None, showticklabels=False, row=1, col=1)
     figure.update_yaxes(title="error (rms, % of signal)", range=[0, top or 1])
     means = [100 * sum(t) / len(t) for t in totals]
     steps = " and ".join(f"T = {t}" for t in dict.fromkeys((before.time_steps, after.time_steps)))
     said = f"Errors of {len(layers)} layers at {steps}: mean total {means[0]:.0f} % of the signal with {names[0]}, "
     figure = styled(figure, title or "Errors of every layer, before and after", said + f"{means[1]:.0f} % with {names[1]}.", 620)
-    return figure.update_layout(margin_t=95)
+    return figure.update_layout(margin_t=23 + figure.layout.margin.t)  # the upper row has its heading below the legend
 
 
 def lost_points_waterfall(points: LostPoints, title: str | None = None) -> go.Figure:
@@ -295,8 +330,8 @@ def spike_rates(energy: Energy, title: str | None = None) -> go.Figure:
     return styled(figure, title or f"Spike rates, T = {energy.time_steps}", alt, 360)
 
 
-def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
-    """A row of small pictures [N, C, H, W] in [0, 1], C = 1 or 3, each with its caption.
+def images_strip(images: Tensor, captions: Sequence[str], across: int = 5) -> go.Figure:
+    """Small pictures [N, C, H, W] in [0, 1], C = 1 or 3, `across` of them in a row, each with its caption.
 
     >>> import torch
     >>> images_strip(torch.rand(2, 1, 8, 8), ["a three", "a five"]).layout.annotations[1].text
@@ -305,12 +340,15 @@ def images_strip(images: Tensor, captions: Sequence[str]) -> go.Figure:
     if len(images) != len(captions) or not captions:
         raise InputError(f"{len(images)} images have {len(captions)} captions: give one for each, and at least one")
     titles = [escape(caption, quote=False) for caption in captions]
-    figure = make_subplots(rows=1, cols=len(images), horizontal_spacing=0.01, subplot_titles=titles)
-    for column, image in enumerate(images, start=1):
+    columns = min(across, len(images))
+    rows = ceil(len(images) / columns)
+    room = {"horizontal_spacing": 0.02, "vertical_spacing": 0.2 / rows}
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles, **room)
+    for number, image in enumerate(images):
         pixels = (image.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-        figure.add_trace(go.Image(z=pixels, hoverinfo="skip"), row=1, col=column)
+        figure.add_trace(go.Image(z=pixels, hoverinfo="skip"), row=number // columns + 1, col=number % columns + 1)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.update_annotations(font_size=12)
-    figure = styled(figure, "", f"{len(images)} images: {', '.join(captions)}.", 140)
+    figure = styled(figure, "", f"{len(images)} images: {', '.join(captions)}.", 30 + 150 * rows)
     return figure.update_layout(margin={"l": 5, "r": 5, "t": 30, "b": 5}, title=None)

@@ -41,10 +41,10 @@ def labels(names: Iterable[str]) -> list[str]:
     return [escape(name, quote=False) for name in names]
 
 
-def layer_axis(figure: go.Figure, names: list[str], note: str = "") -> None:
+def layer_axis(figure: go.Figure, names: list[str]) -> None:
     """Every layer by its name: "0" and "2" of a plain nn.Sequential are names too, not numbers."""
     steep = -60 if len(names) > 12 else -40 if len(names) > 6 else 0
-    figure.update_xaxes(type="category", tickangle=steep, dtick=1, title=_LAYERS + note, automargin=True)
+    figure.update_xaxes(type="category", tickangle=steep, dtick=1, title=_LAYERS, automargin=True)
     if len(names) > 12:
         figure.update_xaxes(tickfont_size=11)
 
@@ -59,17 +59,8 @@ def legend_rows(entries: Sequence[str], width: int = 580) -> int:
 
 def styled(figure: go.Figure, title: str, alt: str, height: int) -> go.Figure:
     """The figure in the common look, with the sentence `alt` for those who cannot see it."""
-    entries = [trace.name for trace in figure.data if trace.name]
+    entries = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
     return figure.update_layout(look(title, alt, height, entries), template="plotly_white")
-
-
-def shade(colour: str, times: int) -> str:
-    """A colour "#rrggbb", darkened by a quarter so many times.
-
-    >>> shade("#80C0FF", 1)
-    '#6090bf'
-    """
-    return "#" + "".join(f"{int(int(colour[i : i + 2], 16) * 0.75**times):02x}" for i in (1, 3, 5))
 
 
 def look(title: str, alt: str, height: int, entries: Sequence[str] = ()) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Threshold:
 class ThresholdPanel(Panel):
     """Real inputs `z` of one layer: a slider moves theta through them, another sets T; errors and the best theta beside.
 
-    z: any shape, activation units, something above 0; `time_steps`: the T to choose from.
+    z: any shape, activation units, something above 0; `time_steps`: the T to choose from; `layer`: its name, for the axis.
 
     >>> ThresholdPanel(torch.linspace(-1, 2, 100), (2, 4), theta=1.0).state
     Threshold(theta=1.0, time_steps=4)
@@ -37,13 +37,16 @@ class ThresholdPanel(Panel):
     CANDIDATES = 60
     SAMPLES = 20_000
 
-    def __init__(self, z: Tensor, time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32), theta: float | None = None, start: int = 4):
+    def __init__(
+        self, z: Tensor, time_steps: Sequence[int] = (1, 2, 4, 8, 16, 32), theta: float | None = None, start: int = 4,
+        layer: str | None = None,
+    ):  # fmt: skip
         z = z.detach().flatten().double().cpu()
         if not len(z) or float(z.max()) <= 0:
             raise InputError("z holds nothing above 0: give the inputs of a layer that says something")
         top = float(z.max())
         picked = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[: self.SAMPLES]
-        self.z = torch.cat([z[picked], z.max()[None]])
+        self.z, self.layer = torch.cat([z[picked], z.max()[None]]), layer
         self.sampled = f" (of {len(picked):,} inputs)" if len(picked) < len(z) else ""
         self.thetas = torch.linspace(top / self.CANDIDATES, top, self.CANDIDATES, dtype=torch.float64)
         self.errors: dict[int, ThresholdErrors] = {t: threshold_errors(self.z, self.thetas, t) for t in time_steps}
@@ -62,7 +65,7 @@ class ThresholdPanel(Panel):
     def specs(self) -> list[Spec]:
         now = self.state
         choice = figures.threshold_choice.spec(self.errors[now.time_steps], now.theta, now.time_steps)
-        return [figures.activation_histogram.spec(self.z, now.theta), choice]
+        return [figures.activation_histogram.spec(self.z, now.theta, layer=self.layer), choice]
 
     def _here(self) -> tuple[ThresholdErrors, int]:
         errors = self.errors[self.state.time_steps]

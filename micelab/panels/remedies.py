@@ -94,7 +94,6 @@ class RemedyPanel(Panel):
         ring = {"symbol": "circle-open", "size": 16, "color": CHOSEN, "line": {"width": 3, "color": CHOSEN}}
         x, y = [trial.curve.true(self.time_steps)], [100 * trial.curve.at(self.time_steps)]
         over_time.add_scatter(x=x, y=y, mode="markers", marker=ring, showlegend=False, hoverinfo="skip")
-        bars.update_xaxes(title="spiking layer (hatched: the ANN clips too)")
         bars.update_layout(height=420)
         over_time.update_layout(height=420)
         return [bars.to_plotly_json(), over_time.to_plotly_json()]
