@@ -207,3 +207,11 @@ def test_networks_of_one_method_are_darker_each_time_and_have_other_symbols():
     assert lines[1].marker.symbol != lines[2].marker.symbol
     alone = figures.accuracy_over_time(curves[3:]).data[0]
     assert (alone.line.color, alone.marker.symbol) == (lines[1].line.color, lines[1].marker.symbol)
+
+
+def test_a_histogram_names_its_layer_and_its_unit():
+    z = torch.linspace(-1, 2, 301)
+    assert figures.activation_histogram(z, 1.5).layout.xaxis.title.text == "input current z (activation units)"
+    named = figures.activation_histogram(z, 1.5, layer="act<2>")
+    assert named.layout.xaxis.title.text == "input current z of act&lt;2&gt; (activation units)"
+    assert "of act<2>" in alt(named)

@@ -11,6 +11,7 @@ from torch import nn
 
 import micelab
 from micelab.data import to_float
+from micelab.errors import KINDS
 from micelab.exceptions import InputError
 from micelab.panels import CheckupPanel, MethodPanel, RemedyPanel
 from micelab.report.remedies import HALF, JOINT, QUANTIZED, REMEDIES, SIGNED, every_set, try_remedies, with_included
@@ -47,7 +48,7 @@ def check_remedies(panel, trials, ticked):
     trial = trials[shown]
     assert panel.trial is trial
     assert {name for name, box in panel.boxes.items() if box.value} == shown
-    for trace in panel.drawn[0].data[:4]:
+    for trace in (trace for trace in panel.drawn[0].data if trace.name in KINDS):
         wanted = [100 * getattr(layer, trace.name).rms / layer.signal for layer in trial.table.layers.values()]
         assert list(trace.y) == pytest.approx(wanted)
     assert list(panel.drawn[1].data[1].y) == pytest.approx([100 * a for a in trial.curve.accuracy])
