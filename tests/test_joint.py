@@ -422,3 +422,25 @@ def test_a_diverged_run_stops_keeps_its_state_and_says_so(few, stage1, tmp_path,
     _, state = checkpoint.read_tensors(tmp_path / "state.safetensors")
     assert (state["epoch"], state["step"]) == (1, 0)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_average_is_of_the_weights_at_both_ends(few, stage1, tmp_path):
+    first = joint.train(JointConfig(time_steps=(2,), epochs=1, start=stage1[1]), tmp_path / "first", few, progress=False)
+    again = {"time_steps": (2,), "epochs": 1, "lr": 1e-2, "start": str(tmp_path / "first" / "model.safetensors")}
+    ends = [first, joint.train(JointConfig(**again), tmp_path / "end", few, progress=False)]
+    mean = joint.train(JointConfig(**again, average=True), tmp_path / "mean", few, progress=False)
+    begun, end = (net.state_dict() for net in ends)
+    for name, value in mean.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (begun[name] + end[name]) / 2)
+    assert not torch.equal(begun["head.weight"], end["head.weight"])
+    card = json.loads((tmp_path / "mean" / "model.json").read_text())
+    curve = micelab.accuracy_curve(micelab.convert(mean, "mice"), few.validation.batches(), (2,))
+    assert card["validation_accuracy"] == curve.at(2)
+    assert card["recipe"]["average"]
+
+
+def test_an_average_needs_a_start_that_was_trained_jointly(few, stage1, tmp_path):
+    config = JointConfig(time_steps=(2,), epochs=1, start=stage1[1], average=True)
+    with pytest.raises(InputError, match=r"--average: layer `stem.2` of --start was not trained jointly"):
+        joint.train(config, tmp_path, few, progress=False)

@@ -63,6 +63,9 @@ def train(
     distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
     penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="Joint: the mean of the final weights and those of --start, itself trained jointly.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="[0]")] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it.")] = "auto",
     storage: Annotated[
@@ -100,6 +103,7 @@ def train(
         distill=distill,
         teacher=teacher,
         penalty=penalty,
+        average=average or None,
     )
     if astray := first if joint else second:
         name = next(iter(astray)).replace("_", "-")

@@ -97,6 +97,7 @@ class _JointRun(Run):
     def __init__(self, *args: Any, model: nn.Module | None):
         self.given = model
         self.teacher: nn.Module | None = None
+        self.begun: dict[str, Tensor] = {}
         super().__init__(*args)
 
     def make_model(self) -> nn.Module:
@@ -114,7 +115,14 @@ class _JointRun(Run):
                 raise InputError(
                     f"{name} tells {found} classes apart, {self.data.name} has {len(self.data.classes)}: choose another"
                 )
-        return prepare(start, max(config.time_steps)).train()
+        net = prepare(start, max(config.time_steps)).train()
+        if config.average:
+            if other := next((name for name, kind in activations(trace(start)).items() if not isinstance(kind, SpikeClip)), None):
+                raise InputError(
+                    f"--average: layer `{other}` of --start was not trained jointly: leave it out, or name one that was"
+                )
+            self.begun = {name: value.clone() for name, value in net.state_dict().items()}
+        return net
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self.config.gradient == "time":
@@ -142,6 +150,13 @@ class _JointRun(Run):
         if config.penalty:
             loss = loss + config.penalty * penalty
         return loss, logits
+
+    def finish(self) -> None:
+        if self.config.average:
+            for name, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    value.lerp_(self.begun[name].to(value), 0.5)
+        super().finish()
 
     def measure(self) -> dict[str, Any]:
         return self._reached("validation")

@@ -96,7 +96,9 @@ class JointConfig(Recipe):
 
     time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
     the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
-    potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`).
+    potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`); average:
+    the network is the mean of the weights at the end and those of `start`, itself trained jointly: two ends of one path,
+    between which lies a flatter place (Izmailov et al., UAI 2018).
 
     >>> JointConfig(time_steps=(2,), distill=1.0).gradient
     'rates'
@@ -113,6 +115,7 @@ class JointConfig(Recipe):
     penalty: float = 0.0
     max_norm: float = 1.0
     gradient: Literal["rates", "time"] = "rates"
+    average: bool = False
 
     def ranges(self) -> dict[str, tuple[bool, str]]:
         steps = self.time_steps

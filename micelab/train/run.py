@@ -91,7 +91,7 @@ def carry_out(
         while run.epoch < config.epochs:
             run.one_epoch(progress and accelerator.is_main_process, stopped)
     if accelerator.is_main_process and saves:
-        run.round_weights()
+        run.finish()
         checkpoint.save(run.model, out / "model", run.card(command), STORAGE[config.storage])
     accelerator.wait_for_everyone()
     return run.model.eval()
@@ -274,7 +274,7 @@ class Run:
         for name in _COUNTERS:
             setattr(self, name, words[name])
 
-    def round_weights(self) -> None:
+    def finish(self) -> None:
         """Makes the network what its file will hold, so that what is measured of it is true of the file."""
         for value in self.model.state_dict().values():
             if value.is_floating_point():
@@ -283,7 +283,8 @@ class Run:
     def card(self, command: str) -> dict[str, Any]:
         """What goes beside the network: what it is, how it was made, what it reaches."""
         history = self.history()
-        measured = history[-1] if self.config.storage == "fp32" else self.measure()
+        as_trained = self.config.storage == "fp32" and not getattr(self.config, "average", False)
+        measured = history[-1] if as_trained else self.measure()
         reached = {"validation_accuracy": measured["validation_accuracy"]}
         reached |= {"test_accuracy": accuracy(self.model, self.data.test, self.accelerator.device)}
         hours = sum(line["seconds"] for line in history) / 3600
