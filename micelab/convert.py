@@ -39,9 +39,8 @@ def convert(
     """A spiking copy of `ann`, which is not changed.
 
     method: a name of `micelab.methods.METHODS`; calibration: training images [N, C, H, W] in [0, 1], or batches of them
-    (a loader; labels are ignored), for the methods that need some; all are kept until the thresholds are set, and a few hundred
-    do; time_steps: the T that "mse" and "calibrated" are made for, and up to which "step_bias" has biases; per_channel: a
-    threshold for each channel (a trained bound keeps its shape);
+    (a loader; labels are ignored), for the methods that need some; time_steps: the T that "mse" and "calibrated" are made
+    for, and up to which "step_bias" has biases; per_channel: a threshold for each channel (a trained bound keeps its shape);
     v0 (in [0, 1]) and signed override the method's; fold: batch-norm into the weights.
 
     A loader is read once, a batch at a time, and may be of any length. Kept are, for thresholds, at most 2**21 inputs of each
