@@ -252,6 +252,15 @@ def test_the_docs_show_the_stored_memory():
         assert f" | {stored[f'{kept}_mb']:,} |\n" in page
 
 
+def test_the_docs_show_what_events_give_the_wide_network():
+    stored = json.loads((ROOT / "data" / "results" / "benchmark-tricks-wide.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    dense, events = (stored["rows"][name] for name in ("dense", "events"))
+    said = f"{events['images_per_second']:.0f} images/s by events, {dense['images_per_second']:.0f} by dense convolutions"
+    assert f"{said}, {events['share']:.2f} times" in page
+    assert f"    {stored['command']}\n" in page
+
+
 def test_the_docs_show_what_each_trick_gives():
     stored = json.loads((ROOT / "data" / "results" / "benchmark-tricks.json").read_text())
     page = (ROOT / "docs" / "performance.md").read_text()

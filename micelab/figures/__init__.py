@@ -4,6 +4,7 @@ Every figure carries a sentence for those who cannot see it in `figure.layout.me
 """
 
 from micelab.figures.checkup import VERDICT_COLOURS, checkup_map
+from micelab.figures.errors import before_and_after, error_bars, error_over_depth
 from micelab.figures.network import running_answer, spike_map
 from micelab.figures.neurons import (
     activation_histogram,
@@ -15,9 +16,6 @@ from micelab.figures.neurons import (
 )
 from micelab.figures.results import (
     accuracy_over_time,
-    before_and_after,
-    error_bars,
-    error_over_depth,
     images_strip,
     lost_points_waterfall,
     spike_rates,

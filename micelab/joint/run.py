@@ -153,6 +153,7 @@ class _JointRun(Run):
 
     def finish(self) -> None:
         if self.config.average:
+            self.changed = True
             for name, value in self.model.state_dict().items():
                 if value.is_floating_point():
                     value.lerp_(self.begun[name].to(value), 0.5)
@@ -173,6 +174,7 @@ class _JointRun(Run):
         }
 
     def card(self, command: str) -> dict[str, Any]:
-        return (
-            super().card(command) | self._reached("test") | {"neuron": "plain integrate-and-fire, soft reset", "hidden_steps": 0}
-        )
+        words = super().card(command) | self._reached("test")
+        if self.config.average:
+            words |= {"chosen": "the last epoch, averaged with the start"}
+        return words | {"neuron": "plain integrate-and-fire, soft reset", "hidden_steps": 0}

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from micelab.neuron import compiled
-from micelab.neuron.compiled import (
-    EventLayer,
-    convolve_by_matrix,
-    convolved_shape,
-    packed,
-    sums_of_sets,
-    unpacked,
-)
+from micelab.neuron.convolutions import EventLayer, convolve_by_matrix, convolved_shape, packed, sums_of_sets, unpacked
 from micelab.neuron.firing import Firing, IntegrateFire
 
 
@@ -44,7 +37,7 @@ class Spikes:
 
     @classmethod
     def of_bits(cls, bits: Tensor, theta: Tensor, channels: int) -> Spikes:
-        """Those of bits [N, H, W, ceil(C/8)], as `micelab.neuron.compiled.packed` gives them."""
+        """Those of bits [N, H, W, ceil(C/8)], as `micelab.neuron.convolutions.packed` gives them."""
         made = cls.__new__(cls)
         images, height, width, _ = bits.shape
         made.shape, made.theta, made.bits = torch.Size((images, channels, height, width)), theta, bits

@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import threading
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,8 +29,6 @@ BLOCK = 4096
 
 LONGEST = 256
 """More steps than that the kernel of `time_gradient` has no room for, as in lanes.h."""
-
-NO_MEMORY = "can't allocate memory for a convolution of spikes"
 
 ALONE = 2**15
 """Fewer values than that in a layer's T steps are done by one thread: to wake a second takes longer."""
@@ -75,142 +72,6 @@ def as_bytes(values: Tensor) -> Tensor:
     made = torch.empty_like(values, dtype=torch.uint8)
     library.ones(values.data_ptr(), made.data_ptr(), values.numel(), threads_for(values))
     return made
-
-
-def convolve_by_matrix(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """The convolution of spikes [N, C, H, W] (not 0 where there is one) by weight [rows, columns, C, out], theta multiplied in,
-    with bias [out], fp32: [N, out, H, W], channels_last, by the processor's matrix unit. out: a multiple of 16.
-
-    Raises RuntimeError where the kernel is larger than the padded map, and where the memory does not suffice.
-    """
-    out = _channels_last(convolved_shape(spikes.shape, weight, stride, padding))
-    spikes = spikes.contiguous(memory_format=torch.channels_last)
-    places = (tensor.data_ptr() for tensor in (spikes, weight, bias, out))
-    sizes = (*_sizes(spikes), weight.shape[3], *weight.shape[:2], stride, padding)
-    if shared_library().convolve_matrix(*places, *sizes, threads_for(spikes)):
-        raise RuntimeError(NO_MEMORY)
-    return out
-
-
-def packed(spikes: Tensor) -> Tensor:
-    """Spikes [N, C, H, W], fp32 and not 0 where there is one, as bits [N, H, W, ceil(C/8)], uint8: of a byte's eight channels the
-    first is the lowest bit.
-
-    >>> packed(torch.tensor([0.0, 0.7, 0.7]).view(1, 3, 1, 1)).item()  # 2 + 4
-    6
-    """
-    spikes = spikes.contiguous(memory_format=torch.channels_last)
-    images, height, width, channels = _sizes(spikes)
-    bits = torch.empty(images, height, width, -(-channels // 8), dtype=torch.uint8, device="cpu")
-    places = images * height * width
-    shared_library().pack_spikes(spikes.data_ptr(), bits.data_ptr(), places, channels, threads_for(spikes))
-    return bits
-
-
-def unpacked(bits: Tensor, theta: Tensor, channels: int) -> Tensor:
-    """The reverse of `packed`: [N, C, H, W], channels_last, of amplitude theta, scalar or [C], fp32."""
-    images, height, width, _ = bits.shape
-    spikes, heights = _channels_last((images, channels, height, width)), theta.expand(channels).contiguous()
-    pointers = (tensor.data_ptr() for tensor in (bits, heights, spikes))
-    shared_library().unpack_spikes(*pointers, images * height * width, channels, threads_for(spikes))
-    return spikes
-
-
-def sums_of_sets(weight: Tensor) -> Tensor:
-    """For each set of spikes among eight channels the sum of their weights, as `fire_convolved` takes them: of a square weight
-    [k, k, C, out], out a multiple of 16, some 32*k*k*C*out numbers."""
-    rows, columns, channels, outputs = weight.shape
-    sums = torch.empty(-(-channels // 8) * 2**8 * rows * columns * outputs, dtype=torch.float32, device="cpu")
-    shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), rows * columns, channels, outputs)
-    return sums
-
-
-@dataclass(frozen=True)
-class EventLayer:
-    """A convolution of spikes, bits as of `packed`: weight [rows, columns, C, out] with theta multiplied in, and bias [out].
-
-    sums: `sums_of_sets` of the weight, for C from 16 to 32 and a kernel of 1x1 or 3x3; or None, for out a multiple of 32.
-    """
-
-    weight: Tensor
-    sums: Tensor | None
-    bias: Tensor
-    stride: int
-    padding: int
-
-    def currents(self, bits: Tensor) -> Tensor:
-        """[N, out, H, W], channels_last. Raises as `convolve_by_matrix` does."""
-        out = _channels_last(self._shape(bits))
-        self._run(bits, 1, (None,) * 5, out, (None,) * 3)
-        return out
-
-    def fire(
-        self,
-        bits: Tensor,
-        steps: int,
-        theta: Tensor,
-        v0: Tensor,
-        count: bool,
-        plus: Tensor | None,
-        more: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(bits [T*N, H, W, out/8], counts (empty unless asked for) and residual [N, out, H, W]) of plain neurons, theta and v0
-        scalar or [out], charged by the convolution, by `plus` [T*N, out, H, W] and by spikes `more` (bits, amplitude
-        scalar or [out]).
-
-        What the convolution and `micelab.neuron.fire` do one after the other, bit for bit, without the currents in between.
-        """
-        total, *one = self._shape(bits)
-        plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
-        fired = torch.empty(total, *one[1:], one[0] // 8, dtype=torch.uint8, device="cpu")
-        residual = _channels_last((total // steps, *one))
-        counts = torch.empty_like(residual) if count else residual.new_empty(0)
-        bound, start = (value.expand(one[0]).contiguous() for value in (theta, v0 * theta))
-        others, amplitude = (None, None) if more is None else (more[0], more[1].expand(one[0]).contiguous())
-        self._run(bits, steps, (plus, others, amplitude, bound, start), None, (fired, counts if count else None, residual))
-        return fired, counts, residual
-
-    def _shape(self, bits: Tensor) -> tuple[int, int, int, int]:
-        images, height, width, _ = bits.shape
-        return convolved_shape(torch.Size((images, self.weight.shape[2], height, width)), self.weight, self.stride, self.padding)
-
-    def _run(self, bits: Tensor, steps: int, with_them: Any, out: Tensor | None, fired: Any) -> None:
-        given = (bits, self.weight, self.sums, self.bias, *with_them, out, *fired)
-        places = (None if tensor is None else tensor.data_ptr() for tensor in given)
-        images, height, width, _ = bits.shape
-        rows, columns, channels, outputs = self.weight.shape
-        sizes = (steps, images // steps, height, width, channels, outputs, rows, columns, self.stride, self.padding)
-        threads = torch.get_num_threads() if images * height * width * outputs >= ALONE else 1
-        if shared_library().fire_events(*places, *sizes, threads):
-            raise RuntimeError(NO_MEMORY)
-
-
-def convolved_shape(shape: torch.Size, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
-    """[N, out, H, W] of the convolution of spikes of `shape` [N, C, H, W] by weight [rows, columns, C, out]. Raises RuntimeError
-    where the kernel is larger than the padded map.
-
-    >>> convolved_shape(torch.Size((2, 4, 9, 9)), torch.empty(3, 3, 4, 8), stride=2, padding=1)
-    (2, 8, 5, 5)
-    """
-    images, _, height, width = shape
-    rows, columns, _, outputs = weight.shape
-    high, wide = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in ((height, rows), (width, columns)))
-    if min(high, wide) < 1:
-        raise RuntimeError(
-            f"a kernel of {rows} x {columns} is larger than its padded input, [{height}, {width}] and {padding} around"
-        )
-    return images, outputs, high, wide
-
-
-def _channels_last(shape: tuple[int, ...]) -> Tensor:
-    """Room for fp32 numbers in main memory, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-
-
-def _sizes(images: Tensor) -> tuple[int, int, int, int]:
-    """Images, height, width, channels, as the library asks for them."""
-    count, channels, height, width = images.shape
-    return count, height, width, channels
 
 
 def staircase(z: Tensor, theta: Tensor, v0: Tensor | float, levels: int) -> Tensor | None:

@@ -26,7 +26,7 @@ typedef uint8_t bits;
 #endif
 
 /* spikes of the steps of some images, and what is made of them: currents `out` [steps][images][high][wide][outputs]; or, where
-   there is a theta, bits `fired` for those currents, those at `plus` (or NULL) and spikes `more` of amplitude `amplitude` (or NULL);
+   there is a theta, bits `fired` for those currents, those at `plus` (or NULL) and spikes `more` (or NULL) of height `amplitude`;
    theta and start are of each output, residual and count (or NULL) [images][high][wide][outputs] */
 typedef struct {
     const uint8_t *spikes;

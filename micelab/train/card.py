@@ -21,7 +21,7 @@ def of_run(
         "dataset": data.name,
         "images": {name: len(data.split(name)) for name in ("train", "validation", "test")},
         **reached,
-        "chosen": "the last epoch" + (", averaged with the start" if getattr(config, "average", False) else ""),
+        "chosen": "the last epoch",
         "recipe": asdict(config),
         "hours": round(hours, 3),
         "machine": machine(),

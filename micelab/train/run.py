@@ -120,6 +120,7 @@ class Run:
         if config.precision == "bf16" and not has_bf16(str(accelerator.device)):
             log.warning("--precision bf16: %s only emulates it, which is slow; fp32 would be faster", accelerator.device)
         self.epoch, self.step, self.sums, self.seconds = 0, 0, [0.0, 0.0, 0.0], 0.0
+        self.changed = False  # after the last epoch
 
     def make_model(self) -> nn.Module:
         """The network to train."""
@@ -276,6 +277,7 @@ class Run:
 
     def finish(self) -> None:
         """Makes the network what its file will hold, so that what is measured of it is true of the file."""
+        self.changed |= self.config.storage != "fp32"
         for value in self.model.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.to(STORAGE[self.config.storage]))
@@ -283,8 +285,7 @@ class Run:
     def card(self, command: str) -> dict[str, Any]:
         """What goes beside the network: what it is, how it was made, what it reaches."""
         history = self.history()
-        as_trained = self.config.storage == "fp32" and not getattr(self.config, "average", False)
-        measured = history[-1] if as_trained else self.measure()
+        measured = self.measure() if self.changed else history[-1]
         reached = {"validation_accuracy": measured["validation_accuracy"]}
         reached |= {"test_accuracy": accuracy(self.model, self.data.test, self.accelerator.device)}
         hours = sum(line["seconds"] for line in history) / 3600
