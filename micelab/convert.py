@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -21,7 +21,7 @@ from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire
 
 SAMPLES = 2**20
-"""At most so many inputs of a layer are kept for percentiles and searches; the maximum is taken over all."""
+"""So many inputs of a layer, at most twice as many, are kept for percentiles and searches; the maximum is taken over all."""
 
 
 def convert(
@@ -43,6 +43,9 @@ def convert(
     for, and up to which "step_bias" has biases; per_channel: a threshold for each channel (a trained bound keeps its shape);
     v0 (in [0, 1]) and signed override the method's; fold: batch-norm into the weights.
 
+    A loader is read once, a batch at a time, and may be of any length. Kept are, for thresholds, at most 2**21 inputs of each
+    layer (evenly chosen) and the maximum of all; for biases, the first 256 images, after which "step_bias" reads no more.
+
     >>> import micelab
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), method="qcfs")
     >>> snn.simulate(torch.rand(2, 1, 8, 8), time_steps=4).logits.shape
@@ -58,17 +61,17 @@ def convert(
         raise InputError(f"percentile is {percentile!r}: it is a number above 0 and at most 100")
     traced = trace(ann, fold)
     start = chosen.v0 if v0 is None else v0
-    batches: list[Tensor] = []
     seen = dict.fromkeys(activations(traced), (torch.zeros(1, 0), torch.ones(1)))
+    first: list[Tensor] = []
     if chosen.needs_images:
         if calibration is None:
             what = "thresholds" if chosen.calibrates else "biases"
             raise InputError(f"method {method!r} sets {what} from data: give calibration=images (some training images)")
-        batches = _batches(calibration)
-    if chosen.calibrates:
-        seen = _observe(traced, batches)
+        observer = _Observer(traced, _known(calibration)) if chosen.calibrates else None
+        first = _look(calibration, observer, 0 if chosen.calibrate is None else CALIBRATION_IMAGES, _home(traced))
+        seen = seen if observer is None else observer.seen()
     if chosen.calibrate is not None:
-        images = torch.cat(batches)[:CALIBRATION_IMAGES].to(_home(traced))
+        images = torch.cat(first).to(_home(traced))
         means = ann_means(traced, images)
 
     def neuron(name: str, activation: nn.Module) -> IntegrateFire:
@@ -115,24 +118,34 @@ def restore(spec: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
     return snn
 
 
-def _batches(calibration: Tensor | Iterable[Any]) -> list[Tensor]:
+def _batches(calibration: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """The calibration images, checked, in batches."""
     if not isinstance(calibration, Iterable):
         raise InputError(f"calibration is a {type(calibration).__name__}: give training images [N, C, H, W] or batches of them")
-    batches = list(image_batches(check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration))
-    if not batches:
+    yield from image_batches(check_images(calibration).split(64) if isinstance(calibration, Tensor) else calibration)
+
+
+def _known(calibration: Tensor | Iterable[Any]) -> int | None:
+    """How many images there are, where they are at hand; a loader does not tell before it has been read."""
+    return sum(map(len, _batches(calibration))) if isinstance(calibration, (Tensor, list, tuple)) else None
+
+
+def _look(calibration: Tensor | Iterable[Any], observer: _Observer | None, count: int, home: Tensor) -> list[Tensor]:
+    """Shows the images to the observer, batch by batch, and gives back the first `count`; with neither more to do it stops."""
+    first: list[Tensor] = []
+    seen = 0
+    for batch in _batches(calibration):
+        if seen < count:
+            first.append(batch[: count - seen])
+        seen += len(batch)
+        if observer is not None:
+            with torch.inference_mode():
+                observer.run(batch.to(home))
+        elif seen >= count:
+            break
+    if not seen:
         raise InputError("calibration holds no images: give some training images [N, C, H, W]")
-    return batches
-
-
-def _observe(traced: fx.GraphModule, batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(samples [C, M], highest [C]) of the input of every activation over the calibration images."""
-    home = _home(traced)
-    observer = _Observer(traced, sum(len(batch) for batch in batches))
-    with torch.inference_mode():
-        for batch in batches:
-            observer.run(batch.to(home))
-        return {name: (torch.cat(parts, 1), observer.highest[name]) for name, parts in observer.samples.items()}
+    return first
 
 
 def _home(traced: fx.GraphModule) -> Tensor:
@@ -141,20 +154,45 @@ def _home(traced: fx.GraphModule) -> Tensor:
 
 
 class _Observer(LayerRunner):
-    """Keeps an even choice of each activation's inputs and their maximum per channel."""
+    """Keeps an even choice of each activation's inputs, of `images` images or (None) of any number, and their maxima [C]."""
 
-    def __init__(self, traced: fx.GraphModule, images: int):
+    def __init__(self, traced: fx.GraphModule, images: int | None):
         super().__init__(traced)
         self.images = images
-        self.samples: dict[str, list[Tensor]] = {}
+        self.samples: dict[str, _Samples] = {}
         self.highest: dict[str, Tensor] = {}
 
+    def seen(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(samples [C, M], highest [C]) of the input of every activation."""
+        return {name: (torch.cat(kept.parts, 1), self.highest[name]) for name, kept in self.samples.items()}
+
     def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
-        rows = z.transpose(0, 1).flatten(1)
-        total = rows.numel() // len(z) * self.images
-        stride = max(1, total // SAMPLES)
-        stride += stride % 2 == 0 and stride > 1  # odd, so that it does not fall in step with the image's rows
-        self.samples.setdefault(name, []).append(rows[:, ::stride].clone())
+        rows, kept = z.transpose(0, 1).flatten(1), self.samples.setdefault(name, _Samples())
+        if self.images is None:
+            kept.add(rows)
+        else:
+            total = rows.numel() // len(z) * self.images
+            stride = max(1, total // SAMPLES)
+            stride += stride % 2 == 0 and stride > 1  # odd, so that it does not fall in step with the image's rows
+            kept.parts.append(rows[:, ::stride].clone())
         highest = rows.amax(1)
         self.highest[name] = torch.maximum(self.highest[name], highest) if name in self.highest else highest
         return module(z)
+
+
+class _Samples:
+    """`parts` [C, m]: every `stride`-th of the inputs of a layer, of however many there will be and in whatever batches."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.stride, self.columns = 1, 0
+        self.thinning = (3, 5)  # in turn: a power of one of them could fall in step with the image's places
+
+    def add(self, rows: Tensor) -> None:
+        """Takes its share of some more, [C, M]; where that makes too many, every third (then every fifth) stays."""
+        self.parts.append(rows[:, -self.columns % self.stride :: self.stride].clone())
+        self.columns += rows.shape[1]
+        while len(rows) * -(-self.columns // self.stride) > 2 * SAMPLES and self.columns > self.stride:
+            factor, after = self.thinning
+            self.parts = [torch.cat(self.parts, 1)[:, ::factor].clone()]
+            self.stride, self.thinning = self.stride * factor, (after, factor)

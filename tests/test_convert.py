@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -71,6 +73,58 @@ def test_samples_are_few_where_data_are_many_and_the_maximum_still_sees_all(monk
         assert neuron.theta != full.neurons[name].theta
         assert neuron.theta.item() == pytest.approx(full.neurons[name].theta.item(), rel=0.2)
         assert convert(ann, "max", IMAGES).neurons[name].theta == largest.neurons[name].theta
+
+
+def test_a_loader_of_any_length_is_read_a_batch_at_a_time_and_let_go():
+    living, most = [], []
+
+    def batches():
+        for part in IMAGES.repeat(3, 1, 1, 1).split(10):
+            images = part.clone()
+            living.append(weakref.ref(images))
+            yield images, torch.zeros(10)
+            del images
+            most.append(sum(each() is not None for each in living))
+
+    ann = network()
+    theta = convert(ann, "percentile", batches()).neurons["stem.2"].theta
+    assert len(most) == 21
+    assert max(most) == 1
+    torch.testing.assert_close(theta, convert(ann, "percentile", IMAGES.repeat(3, 1, 1, 1)).neurons["stem.2"].theta)
+
+
+@pytest.mark.parametrize("widths", [(1000,), (1,) * 300, (7, 400, 1, 1, 90, 30)])
+def test_of_inputs_without_end_every_so_manieth_is_kept_however_they_come(monkeypatch, widths):
+    module = importlib.import_module("micelab.convert")
+    monkeypatch.setattr(module, "SAMPLES", 50)
+    rows, kept = torch.arange(2.0 * sum(widths)).reshape(2, -1), module._Samples()
+    for part in rows.split(widths, 1):
+        kept.add(part)
+        assert sum(each.numel() for each in kept.parts) <= 100
+    stride = {1000: 45, 300: 15, 529: 15}[sum(widths)]  # the first of 1, 3, 3*5, 3*5*3 that leaves at most 100 of both rows
+    assert torch.equal(rows[:, ::stride], torch.cat(kept.parts, 1))
+
+
+def test_a_loader_of_many_images_gives_thresholds_near_those_of_all(monkeypatch):
+    ann = network()
+    full = convert(ann, "percentile", IMAGES, percentile=90)
+    largest = convert(ann, "max", IMAGES)
+    monkeypatch.setattr(importlib.import_module("micelab.convert"), "SAMPLES", 2000)
+    few = convert(ann, "percentile", iter(IMAGES.split(7)), percentile=90)
+    for name, neuron in few.neurons.items():
+        assert neuron.theta != full.neurons[name].theta
+        assert neuron.theta.item() == pytest.approx(full.neurons[name].theta.item(), rel=0.2)
+        torch.testing.assert_close(
+            convert(ann, "max", iter(IMAGES.split(7))).neurons[name].theta, largest.neurons[name].theta, rtol=1e-5, atol=0
+        )
+
+
+def test_biases_alone_read_no_more_of_a_loader_than_they_use():
+    ann, read = network("quant_clip"), []
+    endless = (read.append(0) or IMAGES for _ in itertools.count())
+    biases = convert(ann, "step_bias", endless, time_steps=2).neurons["stem.2"].bias
+    assert len(read) == 4  # 256 images of 70 each
+    torch.testing.assert_close(biases, convert(ann, "step_bias", [IMAGES] * 9, time_steps=2).neurons["stem.2"].bias)
 
 
 @pytest.mark.parametrize("method", ["tcl", "qcfs"])
