@@ -139,6 +139,34 @@ def test_trained_bounds_become_thresholds_without_any_data(method):
         convert(network(), method)
 
 
+@pytest.mark.parametrize("clip", [lambda: nn.Hardtanh(0, 0.25), lambda: TrainableClip(0.25)], ids=["fixed", "trained"])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("method", ["max", "percentile", "mse", "half_start"])
+def test_no_threshold_is_above_the_bound_of_a_clip_and_long_simulations_reach_the_ann(clip, per_channel, method):
+    ann = network()
+    ann.stem[2] = clip()
+    assert first_input(ann).max() > 1
+    for block in ann.blocks:
+        block[2] = nn.ReLU6()
+    snn = convert(ann, method, IMAGES, per_channel=per_channel, v0=0.5, time_steps=512)
+    theta = snn.neurons["stem.2"].theta
+    assert float(theta.max()) == pytest.approx(0.25, rel=1e-6 if method != "mse" else 0.05)
+    assert theta.numel() == (16 if per_channel and method != "half_start" else 1)
+    with torch.no_grad():
+        expected = ann(IMAGES[:8])
+    logits = snn.simulate(IMAGES[:8], 512, record=False).logits[-1]
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 0.03
+
+
+def test_the_six_of_relu6_is_the_threshold_and_counts_as_a_clip_of_training():
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 3), nn.Hardtanh(0, 2.5)).double()
+    snn = convert(ann, "tcl")
+    assert [neuron.theta.item() for neuron in snn.neurons.values()] == [6, 2.5]
+    assert snn.simulate(IMAGES, 2).logits.dtype == torch.float64
+    table = micelab.error_breakdown(ann, snn, IMAGES, 2)
+    assert all(layer.trained_clip for layer in table.layers.values())
+
+
 def test_a_bound_that_training_drove_to_zero_is_named():
     ann = network("clip")
     ann.stem[2].log_theta.data.fill_(-200)

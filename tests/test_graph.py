@@ -134,6 +134,10 @@ NAMES = {
     "by keyword": (lambda m, x: F.relu(input=m.conv(x)), ["relu"]),
     "module and function": (lambda m, x: m.relu(m.conv(F.relu(x))), ["relu_1", "relu"]),
     "inner": (lambda m, x: m.inner(x), ["inner.relu"]),
+    "ReLU6": (lambda m, x: m.six(m.conv(m.six(x * 9))), ["six", "six_1"]),
+    "F.relu6": (lambda m, x: F.relu6(m.conv(x * 9)), ["relu6"]),
+    "F.relu6 in place, read again": (lambda m, x: F.relu6(y := m.conv(x * 9), inplace=True) + y, ["relu6"]),
+    "a fixed clip": (lambda m, x: m.conv(m.hard(x)), ["hard"]),
     "clips": (lambda m, x: m.clip(m.quant(m.clip(m.conv(x)))), ["clip", "quant", "clip_1"]),
 }
 
@@ -142,7 +146,8 @@ NAMES = {
 def test_every_activation_is_found_under_the_models_name(kind):
     run, names = NAMES[kind]
     inner = Net(lambda m, x: F.relu(m.conv(x)))
-    net = seeded(lambda: Net(run, relu=nn.ReLU(), inner=inner, clip=TrainableClip(0.7), quant=QuantClip(4, 0.8)))
+    fixed = {"six": nn.ReLU6(inplace=True), "hard": nn.Hardtanh(0, 0.5, inplace=True)}
+    net = seeded(lambda: Net(run, relu=nn.ReLU(), inner=inner, clip=TrainableClip(0.7), quant=QuantClip(4, 0.8), **fixed))
     found = activations(agrees(net))
     assert list(found) == names
     assert len({id(module) for module in found.values()}) == len(names)
@@ -176,6 +181,7 @@ AFFINE = {
     "slice": lambda m, x: F.relu(m.conv(x)[:, :2]),
     "padded shortcut": lambda m, x: F.relu(F.pad(F.relu(m.conv(x))[:, :2, ::2, ::2], (0, 0, 0, 0, 1, 1)) + 0.1),
     "two views of one tensor": lambda m, x: F.relu((y := m.conv(x)).flatten(1)) + y.mean((2, 3)).sum(1, keepdim=True),
+    "clipped at six": lambda m, x: F.relu6(20 * m.conv(F.relu6(8 * x))),
     "in place and read again": lambda m, x: m.inplace(y := m.conv(F.relu(x))) + y,
     "in place, result dropped": lambda m, x: (y := m.conv(x), m.inplace(y), m.conv(y))[2],
     "in place on the images": lambda m, x: m.conv(m.inplace(x)) + x,
@@ -287,7 +293,11 @@ class Wordless(nn.Module):
 REFUSED = {
     "GELU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.GELU()), "layer `1` is nn.GELU"),
     "LeakyReLU": (lambda: nn.Sequential(nn.LeakyReLU()), "layer `0` is nn.LeakyReLU"),
-    "ReLU6": (lambda: nn.Sequential(nn.ReLU6()), "layer `0` is nn.ReLU6"),
+    "a clip below 0": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Hardtanh(-1, 1.5)),
+        r"layer `1` is nn.Hardtanh from -1 on.* below 0: train it with nn.Hardtanh\(0, 1.5\) or micelab.TrainableClip\(1.5\)",
+    ),
+    "a clip above 0": (lambda: nn.Sequential(nn.ReLU(), nn.Hardtanh(0.5, 2)), r"layer `1` is nn.Hardtanh from 0.5 on"),
     "MaxPool": (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "layer `1` is nn.MaxPool2d.*AvgPool2d"),
     "Softmax": (lambda: nn.Sequential(nn.ReLU(), nn.Softmax(1)), "layer `1` is nn.Softmax.*leave it out"),
     "LayerNorm": (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), "layer `1` is nn.LayerNorm.*BatchNorm"),
@@ -375,6 +385,8 @@ CALLS = {
     "first image": (lambda m, x: F.relu(x)[0], "`getitem`.*picks images"),
     "half the batch": (lambda m, x: F.relu(x)[:2], "`getitem`.*picks images"),
     "some of the batch": (lambda m, x: F.relu(x)[:2, :1], "`getitem`.*picks images"),
+    "hardtanh": (lambda m, x: F.hardtanh(F.relu(x), 0, 1), r"`hardtanh`.*: write it as a layer, nn.Hardtanh\(0, c\)"),
+    "clamp": (lambda m, x: F.relu(x).clamp(0, 1), r"`clamp`.*: write it as a layer, nn.ReLU, nn.Hardtanh\(0, c\)"),
     "chunk": (lambda m, x: F.relu(x).chunk(2, 1)[0], "`chunk`"),
     "transpose": (lambda m, x: F.relu(x).transpose(0, 1), "`transpose`"),
     "permute": (lambda m, x: F.relu(x).permute(1, 0, 2, 3), "`permute`"),

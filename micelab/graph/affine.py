@@ -16,7 +16,8 @@ from micelab.activation import TrainableClip
 from micelab.exceptions import ConversionError
 from micelab.models import Normalize
 
-ACTIVATIONS = (nn.ReLU, TrainableClip)
+ACTIVATIONS = (nn.ReLU, nn.Hardtanh, TrainableClip)
+"""What becomes neurons; nn.Hardtanh (nn.ReLU6 is one) where it begins at 0."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -24,7 +25,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _AFFINE = (*WEIGHTED, *BATCH_NORMS, *POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
-RELU_CALLS = {F.relu, torch.relu, "relu"}
+RELU_CALLS: dict[Any, type[nn.Module]] = {F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.relu6: nn.ReLU6}
+"""Calls that become neurons, and the layer that does the same."""
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _SUM_CALLS = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", operator.neg, torch.neg, "neg"}
 _SCALE_CALLS = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"}
@@ -51,6 +53,8 @@ OUT_OF_PLACE: dict[Any, Any] = {
 }
 _REMEDIES = {
     "MaxPool": "the maximum of spikes is not the spike count of the maximum: use nn.AvgPool2d or a stride, before training",
+    "Hardtanh": "write it as a layer, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
+    "Clamp": "write it as a layer, nn.ReLU, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
     "Softmax": "it is not affine: leave it out, the largest logit stays the largest",
     "LayerNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
     "GroupNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
@@ -128,6 +132,11 @@ def check_module(name: str, module: nn.Module) -> None:
         raise ConversionError(f"layer `{name}` is nn.{kind} without running statistics: train it with track_running_stats=True")
     if isinstance(module, nn.Flatten) and module.start_dim == 0:
         raise ConversionError(f"layer `{name}` flattens the images of a batch into one: use nn.Flatten(start_dim=1)")
+    if isinstance(module, nn.Hardtanh) and module.min_val != 0:
+        raise ConversionError(
+            f"layer `{name}` is nn.{kind} from {module.min_val:g} on, and a neuron says nothing below 0: train it with "
+            f"nn.Hardtanh(0, {module.max_val:g}) or micelab.TrainableClip({module.max_val:g})"
+        )
     if not isinstance(module, ACTIVATIONS + _AFFINE):
         of_activations = type(module).__module__ == nn.modules.activation.__name__
         usual = "use nn.ReLU or micelab.QuantClip" if of_activations else "use one of those in docs/conversion.md"
@@ -169,7 +178,7 @@ def _check_call(node: fx.Node) -> None:
             raise ConversionError(
                 f"{where(node)} works across the images of a batch (dimension 0): give it the dimensions from 1 on"
             )
-    elif call not in RELU_CALLS | _SUM_CALLS | _POOL_CALLS:
+    elif call not in RELU_CALLS and call not in _SUM_CALLS | _POOL_CALLS:
         name = call_name(node).replace("_", "").lower()
         why = next((text for part, text in _REMEDIES.items() if part.lower() in name), "use one of those in docs/conversion.md")
         raise ConversionError(f"{where(node)} has no spiking counterpart here: {why}")
