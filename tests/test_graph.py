@@ -182,6 +182,10 @@ AFFINE = {
     "padded shortcut": lambda m, x: F.relu(F.pad(F.relu(m.conv(x))[:, :2, ::2, ::2], (0, 0, 0, 0, 1, 1)) + 0.1),
     "two views of one tensor": lambda m, x: F.relu((y := m.conv(x)).flatten(1)) + y.mean((2, 3)).sum(1, keepdim=True),
     "clipped at six": lambda m, x: F.relu6(20 * m.conv(F.relu6(8 * x))),
+    "transposed sequence": lambda m, x: F.relu(m.long(F.relu(m.conv(x)).flatten(2).transpose(1, 2))).permute((0, 2, 1)),
+    "permuted currents": lambda m, x: F.relu(torch.permute(m.conv(x), (0, 2, 3, 1))).permute(0, 3, -2, -3),
+    "transposed by keyword": lambda m, x: torch.transpose(F.relu(m.conv(x)), dim0=1, dim1=3) + x.permute(dims=(0, 3, 2, 1)),
+    "shuffled channels": lambda m, x: m.conv(F.relu(m.conv(x)).view(-1, 2, 2, 8, 8).transpose(1, 2).reshape(-1, 4, 8, 8)),
     "in place and read again": lambda m, x: m.inplace(y := m.conv(F.relu(x))) + y,
     "in place, result dropped": lambda m, x: (y := m.conv(x), m.inplace(y), m.conv(y))[2],
     "in place on the images": lambda m, x: m.conv(m.inplace(x)) + x,
@@ -202,7 +206,7 @@ def grow(x, y):
 
 @pytest.mark.parametrize("kind", AFFINE)
 def test_affine_parts_convert_and_agree_in_the_ann_and_over_time(kind):
-    parts = {"drop": nn.Dropout2d(), "same": nn.Identity(), "inplace": nn.ReLU(inplace=True)}
+    parts = {"drop": nn.Dropout2d(), "same": nn.Identity(), "inplace": nn.ReLU(inplace=True), "long": nn.Linear(4, 6)}
     net = seeded(lambda: Net(AFFINE[kind], **parts))
     net.grow = grow
     agrees(net)
@@ -387,9 +391,14 @@ CALLS = {
     "some of the batch": (lambda m, x: F.relu(x)[:2, :1], "`getitem`.*picks images"),
     "hardtanh": (lambda m, x: F.hardtanh(F.relu(x), 0, 1), r"`hardtanh`.*: write it as a layer, nn.Hardtanh\(0, c\)"),
     "clamp": (lambda m, x: F.relu(x).clamp(0, 1), r"`clamp`.*: write it as a layer, nn.ReLU, nn.Hardtanh\(0, c\)"),
-    "chunk": (lambda m, x: F.relu(x).chunk(2, 1)[0], "`chunk`"),
+    "chunk": (lambda m, x: F.relu(x).chunk(2, 1)[0], r"`chunk`.*: take slices, as in x\[:, :4\]"),
     "transpose": (lambda m, x: F.relu(x).transpose(0, 1), "`transpose`"),
-    "permute": (lambda m, x: F.relu(x).permute(1, 0, 2, 3), "`permute`"),
+    "permute": (lambda m, x: F.relu(x).permute(1, 0, 2, 3), r"`permute`.*images.*: write it as x.transpose\(1, 2\) or x.permute"),
+    "permute in a tuple": (lambda m, x: torch.permute(F.relu(x), dims=(3, 0, 1, 2)), "`permute`.*images of a batch"),
+    "permute counted from the end": (lambda m, x: F.relu(x).permute(-4, 1, 3, 2), "`permute`.*counts from the end"),
+    "transpose counted from the end": (lambda m, x: F.relu(x).transpose(-1, -2), "`transpose`.*counts from the end"),
+    "transpose by keyword": (lambda m, x: torch.transpose(F.relu(x), dim0=2, dim1=0), "`transpose`.*images of a batch"),
+    "a transposed view written into": (lambda m, x: (k := (y := m.conv(x)).transpose(1, 2), F.relu_(y) + k)[1], "out of place"),
     "T": (lambda m, x: F.relu(x).T, r"`\.T` in `forward`"),
     "parameter": (lambda m, x: F.relu(x + m.scale), "parameter `scale` directly"),
     "parameter by method": (lambda m, x: F.relu(x).mul(m.scale), "parameter `scale` directly"),

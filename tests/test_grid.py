@@ -209,8 +209,9 @@ class Wide(nn.Module):
         lambda a, b: torch.cat((a, b), dim=1),
         lambda a, b: torch.cat(tensors=[a, b], dim=1),
         lambda a, b: torch.concat([a, b], 1),
+        lambda a, b: torch.cat([a.transpose(2, 3), b.permute(0, 1, 3, 2)], 1),
     ],
-    ids=["list", "tuple", "by name", "concat"],
+    ids=["list", "tuple", "by name", "concat", "transposed"],
 )
 def test_networks_that_concatenate_are_put_on_a_grid(cat):
     torch.manual_seed(0)

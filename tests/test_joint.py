@@ -372,6 +372,33 @@ def test_the_gradient_of_every_spike_has_a_recipe_of_its_own_and_no_penalty():
         ThroughTimeConfig(gradient="rates")
 
 
+class Turned(nn.Module):
+    """The activation between two transpositions, or between none."""
+
+    def __init__(self, turned):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.one, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), QuantClip(4, 1.0)
+        self.first, self.turned, self.head = QuantClip(4, 1.0), turned, nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.one(self.first(self.norm(self.conv(x))))
+        x = self.act(x.permute(0, 3, 2, 1)).transpose(1, 3) if self.turned else self.act(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [SpikesInTheLoop, SpikesThroughTime])
+def test_a_transposition_moves_currents_and_gradients_and_changes_none(kind):
+    images, found = torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(1)), []
+    for turned in (False, True):
+        net = prepare(Turned(turned), 3).train()
+        logits, _ = kind(net)(images, 3)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in net.parameters())])
+    for plain, moved in zip(*found, strict=True):
+        torch.testing.assert_close(moved, plain)
+
+
 def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):
     with pytest.raises(InputError, match="name its checkpoint with --start"):
         joint.train(JointConfig(), tmp_path / "run", few)

@@ -35,6 +35,7 @@ _POOL_CALLS: set[Any] = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _POOL_CALLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.pad}
 _BATCH_SAFE_CALLS = {torch.flatten, "flatten", torch.mean, "mean", torch.sum, "sum", torch.squeeze, "squeeze"}
 _SHAPE_CALLS = {"reshape", torch.reshape, "contiguous"}
+TRANSPOSES: set[Any] = {"transpose", torch.transpose, "permute", torch.permute}
 _SIZES = {"shape", "ndim"}
 OUT_OF_PLACE: dict[Any, Any] = {
     F.relu_: F.relu,
@@ -55,6 +56,8 @@ _REMEDIES = {
     "MaxPool": "the maximum of spikes is not the spike count of the maximum: use nn.AvgPool2d or a stride, before training",
     "Hardtanh": "write it as a layer, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
     "Clamp": "write it as a layer, nn.ReLU, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
+    "Chunk": "it gives several tensors: take slices, as in x[:, :4] and x[:, 4:]",
+    "Split": "it gives several tensors: take slices, as in x[:, :4] and x[:, 4:]",
     "Softmax": "it is not affine: leave it out, the largest logit stays the largest",
     "LayerNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
     "GroupNorm": "it normalizes each image by its own statistics: use nn.BatchNorm2d",
@@ -171,6 +174,12 @@ def _check_call(node: fx.Node) -> None:
         first = shape[0][0] if shape and isinstance(shape[0], (tuple, list)) else next(iter(shape), -1)
         if isinstance(first, int) and first != -1:
             raise ConversionError(f"{where(node)} fixes the number of images to {first}: use x.flatten(1) or x.shape[0]")
+    elif call in TRANSPOSES:
+        if not _keeps_images(node):
+            raise ConversionError(
+                f"{where(node)} moves the images of a batch (dimension 0) or counts from the end, where they may be: write it as "
+                "x.transpose(1, 2) or x.permute(0, 2, 1)"
+            )
     elif call in _BATCH_SAFE_CALLS | _CAT_CALLS:
         given = {"dim", "axis", "start_dim"} & node.kwargs.keys()
         dims = node.kwargs[given.pop()] if given else node.args[1] if len(node.args) > 1 else None
@@ -182,6 +191,15 @@ def _check_call(node: fx.Node) -> None:
         name = call_name(node).replace("_", "").lower()
         why = next((text for part, text in _REMEDIES.items() if part.lower() in name), "use one of those in docs/conversion.md")
         raise ConversionError(f"{where(node)} has no spiking counterpart here: {why}")
+
+
+def _keeps_images(node: fx.Node) -> bool:
+    """Whether a transposition leaves dimension 0 where it is, for inputs of any number of dimensions."""
+    given: tuple[Any, ...] = (*node.args[1:], *(value for name, value in node.kwargs.items() if name != "input"))
+    dims = given[0] if given and isinstance(given[0], (tuple, list)) else given
+    if "permute" in call_name(node):
+        return bool(dims) and isinstance(dims[0], int) and dims[0] == 0
+    return len(dims) == 2 and all(isinstance(dim, int) and dim > 0 for dim in dims)
 
 
 def call_name(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from micelab.exceptions import ConversionError
-from micelab.graph.affine import OUT_OF_PLACE, Refuse, call_name, is_size, source_of, where
+from micelab.graph.affine import OUT_OF_PLACE, TRANSPOSES, Refuse, call_name, is_size, source_of, where
 
 
 def _writing(plain: Callable[[Any, Any], Any]) -> Any:
@@ -81,6 +81,7 @@ def _gives_back(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 _VIEWS = {"view", "reshape", "contiguous", "flatten", "squeeze", torch.reshape, torch.flatten, torch.squeeze, operator.getitem}
+_VIEWS |= TRANSPOSES
 
 
 def _may_be_view(traced: fx.GraphModule, node: fx.Node) -> bool:

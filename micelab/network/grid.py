@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 
 from micelab.exceptions import InputError, first_line
-from micelab.graph.affine import POOLS, WEIGHTED, call_name, is_size
+from micelab.graph.affine import POOLS, TRANSPOSES, WEIGHTED, call_name, is_size
 from micelab.graph.runner import check_time_steps, in_own_type
 from micelab.graph.tracing import is_activation, module_of
 from micelab.models import Normalize
@@ -35,7 +35,7 @@ EXACT = 2**24
 
 _SAME_UNITS = (nn.Identity, nn.Flatten, nn.ZeroPad2d)
 _SUMS = (operator.add, torch.add)
-_SHAPES: set[Any] = {"flatten", "reshape", "contiguous", torch.flatten, torch.reshape}
+_SHAPES: set[Any] = {"flatten", "reshape", "contiguous", torch.flatten, torch.reshape, *TRANSPOSES}
 _SHAPES |= {torch.cat, torch.concat, torch.concatenate}
 
 
