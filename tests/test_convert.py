@@ -285,6 +285,49 @@ def test_one_image_without_its_batch_is_told_to_become_one():
         snn.simulate(torch.rand(1, 8, 8))
 
 
+FIRST = {
+    "convolution": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "norm": lambda: nn.Sequential(nn.Identity(), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()),
+    "pool": lambda: nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2), nn.ReLU()),
+    "normalize": lambda: nn.Sequential(micelab.models.Normalize([0.5] * 3, [0.25] * 3), nn.Conv2d(3, 4, 3), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_one_image_is_told_to_become_a_batch_by_whatever_layer_it_comes_to(kind):
+    torch.manual_seed(0)
+    ann, one = FIRST[kind]().eval(), torch.rand(3, 8, 8)
+    snn = convert(ann, "max", one[None])
+    wrong = [
+        lambda: snn(one),
+        lambda: snn.simulate(one, 2),
+        lambda: snn.recorded(one),
+        lambda: convert(ann, "max", one),
+        lambda: micelab.error_breakdown(ann, snn, one, 2),
+    ]
+    for call in wrong:
+        with pytest.raises(InputError, match=r"images have shape \(3, 8, 8\), .* 4 dim.*: give one image as image\[None\]"):
+            call()
+    assert micelab.checkup(ann, one).problems[0].remedy == "give one image as image[None]"
+    assert snn(one[None]).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Conv1d(3, 4, 3), nn.ReLU()), (2, 3, 8)),
+        ((nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU()), (3, 8)),
+        ((nn.Flatten(), nn.Linear(24, 4), nn.ReLU()), (2, 3, 8)),
+    ],
+    ids=["sequences", "rows", "flattened"],
+)
+def test_sequences_and_rows_are_no_single_images(layers, shape):
+    ann = nn.Sequential(*layers).eval()
+    for parameter in ann.parameters():
+        parameter.data.fill_(0.1)
+    assert convert(ann, "max", torch.ones(shape))(torch.ones(shape)).shape[:2] == (shape[0], 4)
+
+
 def test_kind_and_width_of_a_resnet_are_not_given_together():
     with pytest.raises(InputError, match="give kind or width"):
         micelab.resnet20(kind="C", width=16)

@@ -24,6 +24,12 @@ WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+DIMENSIONS: dict[int, tuple[type[nn.Module], ...]] = {
+    3: (nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d),
+    4: (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, Normalize),
+    5: (nn.Conv3d, nn.ConvTranspose3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.BatchNorm3d),
+}
+"""How many dimensions a batch has where it comes to such a layer."""
 _AFFINE = (*WEIGHTED, *BATCH_NORMS, *POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
 RELU_CALLS: dict[Any, type[nn.Module]] = {F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.relu6: nn.ReLU6}
 """Calls that become neurons, and the layer that does the same."""
@@ -106,6 +112,13 @@ def is_size(node: Any) -> bool:
     if node.target in ("size", "dim", "numel") or node.target is getattr:
         return True
     return bool(node.all_input_nodes) and node.target is not torch.cat and all(map(is_size, node.all_input_nodes))
+
+
+def is_elementwise(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node, no activation, gives back as many dimensions as it takes, whatever they are."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), nn.Identity)
+    return node.op in ("call_function", "call_method") and node.target in _SUM_CALLS | _SCALE_CALLS
 
 
 def source_of(node: fx.Node) -> Any:
