@@ -199,6 +199,12 @@ AFFINE = {
 }
 
 
+def halves(x, y):
+    x[:, :2] += y[:, :2]
+    x[:, 2:] += y[:, 2:]
+    return x
+
+
 def grow(x, y):
     x += y
     return x
@@ -333,7 +339,7 @@ REFUSED = {
     ),
     "a hook": (
         lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_hook", lambda m, x, y: 2 * y),
-        "layer `0` has a forward hook.*: take it away",
+        r"layer `0` has a forward hook.* only watches: take it away with handle.remove\(\)",
     ),
     "a hook before": (
         lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_pre_hook", lambda m, x: None),
@@ -415,6 +421,8 @@ CALLS = {
         lambda m, x: (y := m.conv(x), k := m.same(y).flatten(2), grow(y, x), k)[3],
         "`add` in `forward` writes into its input, and `flatten`",
     ),
+    "parts written into": (lambda m, x: F.relu(halves(m.conv(x), x)), r"`x\[...\] = y` in `forward` writes.*: put.*torch.cat\("),
+    "parts of a layer's": (lambda m, x: m.writer(F.relu(x)), r"`x\[...\] = y` in `writer` writes"),
     "a result put elsewhere": (lambda m, x: (y := m.conv(x), torch.add(F.relu(x), 1, out=y), y)[2], "`add`.*: leave out= away"),
 }
 
@@ -432,8 +440,9 @@ def test_layers_without_a_spiking_counterpart_are_refused_by_name(kind):
 @pytest.mark.parametrize("kind", CALLS)
 def test_calls_that_are_not_affine_image_by_image_are_refused_by_name(kind):
     run, text = CALLS[kind]
+    inner, writer = Net(lambda m, x: torch.sigmoid(x)), Net(lambda m, x: halves(x, x))
     with pytest.raises(ConversionError, match=text):
-        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=Net(lambda m, x: torch.sigmoid(x)), same=nn.Identity()))
+        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=inner, writer=writer, same=nn.Identity()))
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
+    except ConversionError:  # of WritingProxy, which knows more
+        raise
     except Exception as error:  # whatever a forward does with a stand-in for its tensors
         where = f"{type(model).__name__}.forward"
         raise ConversionError(
