@@ -261,6 +261,14 @@ def test_a_torchvision_resnet_converts_once_its_max_pool_is_an_average():
     assert not norms(traced)
 
 
+def test_a_torchvision_mobilenet_with_its_relu6_converts_as_it_is():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    found = activations(agrees(torchvision.models.mobilenet_v2(num_classes=5).eval(), torch.rand(2, 3, 32, 32)))
+    assert len(found) == 35
+    assert {module.max_val for module in found.values()} == {6}
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return F.relu(x) if x.sum() > 0 else x
