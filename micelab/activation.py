@@ -223,6 +223,17 @@ class NoisyQuantClip(QuantClip):
         return f"{super().extra_repr()}, sigma={self.sigma.item():.3g}"
 
 
+def clipping_bound(activation: nn.Module) -> Tensor | None:
+    """theta of an activation that clips at a bound, trained or fixed (nn.ReLU6, nn.Hardtanh), scalar or [C]; None of others.
+
+    >>> clipping_bound(nn.ReLU6()), clipping_bound(nn.ReLU())
+    (tensor(6.), None)
+    """
+    if isinstance(activation, nn.Hardtanh):
+        return torch.tensor(float(activation.max_val))
+    return activation.theta.detach() if isinstance(activation, TrainableClip) else None
+
+
 def make_activation(name: ActivationName, levels: int | None = 8, theta: float = 4.0) -> nn.Module:
     """A new activation module by name; `levels=None` turns "quant_clip" into the plain trainable clip."""
     if name == "relu":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab import methods, models
+from micelab.activation import clipping_bound
 from micelab.exceptions import ConversionError, InputError
 from micelab.graph.runner import LayerRunner, check_images, check_time_steps, image_batches
 from micelab.graph.tracing import activations, replace_activations, trace
@@ -19,6 +20,7 @@ from micelab.methods.calibration import ann_means
 from micelab.network.grid import round_images
 from micelab.network.spiking import SpikingNetwork
 from micelab.neuron.firing import IntegrateFire
+from micelab.neuron.layout import over_channels
 
 SAMPLES = 2**20
 """So many inputs of a layer, at most twice as many, are kept for percentiles and searches; the maximum is taken over all."""
@@ -167,7 +169,9 @@ class _Observer(LayerRunner):
         return {name: (torch.cat(kept.parts, 1), self.highest[name]) for name, kept in self.samples.items()}
 
     def activate(self, name: str, module: nn.Module, z: Tensor) -> Tensor:
-        rows, kept = z.transpose(0, 1).flatten(1), self.samples.setdefault(name, _Samples())
+        bound = clipping_bound(module)
+        felt = z if bound is None else torch.minimum(z, over_channels(bound.to(z), z))  # the network says nothing above it
+        rows, kept = felt.transpose(0, 1).flatten(1), self.samples.setdefault(name, _Samples())
         if self.images is None:
             kept.add(rows)
         else:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from micelab.activation import TrainableClip, clip
+from micelab.activation import clip, clipping_bound
 from micelab.exceptions import InputError
 from micelab.graph.runner import InputCollector, check_time_steps, image_batches, in_own_type
 from micelab.graph.tracing import activations, trace
@@ -238,7 +238,8 @@ class _Sums:
 
 
 def _clips_alike(activation: nn.Module, neuron: IntegrateFire) -> bool:
-    return isinstance(activation, TrainableClip) and torch.allclose(activation.theta.to(neuron.theta), neuron.theta)
+    bound = clipping_bound(activation)
+    return bound is not None and torch.allclose(bound.to(neuron.theta), neuron.theta)
 
 
 _HELP = {

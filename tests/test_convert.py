@@ -139,6 +139,34 @@ def test_trained_bounds_become_thresholds_without_any_data(method):
         convert(network(), method)
 
 
+@pytest.mark.parametrize("clip", [lambda: nn.Hardtanh(0, 0.25), lambda: TrainableClip(0.25)], ids=["fixed", "trained"])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("method", ["max", "percentile", "mse", "half_start"])
+def test_no_threshold_is_above_the_bound_of_a_clip_and_long_simulations_reach_the_ann(clip, per_channel, method):
+    ann = network()
+    ann.stem[2] = clip()
+    assert first_input(ann).max() > 1
+    for block in ann.blocks:
+        block[2] = nn.ReLU6()
+    snn = convert(ann, method, IMAGES, per_channel=per_channel, v0=0.5, time_steps=512)
+    theta = snn.neurons["stem.2"].theta
+    assert float(theta.max()) == pytest.approx(0.25, rel=1e-6 if method != "mse" else 0.05)
+    assert theta.numel() == (16 if per_channel and method != "half_start" else 1)
+    with torch.no_grad():
+        expected = ann(IMAGES[:8])
+    logits = snn.simulate(IMAGES[:8], 512, record=False).logits[-1]
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 0.03
+
+
+def test_the_six_of_relu6_is_the_threshold_and_counts_as_a_clip_of_training():
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 3), nn.Hardtanh(0, 2.5)).double()
+    snn = convert(ann, "tcl")
+    assert [neuron.theta.item() for neuron in snn.neurons.values()] == [6, 2.5]
+    assert snn.simulate(IMAGES, 2).logits.dtype == torch.float64
+    table = micelab.error_breakdown(ann, snn, IMAGES, 2)
+    assert all(layer.trained_clip for layer in table.layers.values())
+
+
 def test_a_bound_that_training_drove_to_zero_is_named():
     ann = network("clip")
     ann.stem[2].log_theta.data.fill_(-200)
@@ -255,6 +283,49 @@ def test_one_image_without_its_batch_is_told_to_become_one():
     snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
     with pytest.raises(InputError, match=r"image\[None\]"):
         snn.simulate(torch.rand(1, 8, 8))
+
+
+FIRST = {
+    "convolution": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "norm": lambda: nn.Sequential(nn.Identity(), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()),
+    "pool": lambda: nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2), nn.ReLU()),
+    "normalize": lambda: nn.Sequential(micelab.models.Normalize([0.5] * 3, [0.25] * 3), nn.Conv2d(3, 4, 3), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_one_image_is_told_to_become_a_batch_by_whatever_layer_it_comes_to(kind):
+    torch.manual_seed(0)
+    ann, one = FIRST[kind]().eval(), torch.rand(3, 8, 8)
+    snn = convert(ann, "max", one[None])
+    wrong = [
+        lambda: snn(one),
+        lambda: snn.simulate(one, 2),
+        lambda: snn.recorded(one),
+        lambda: convert(ann, "max", one),
+        lambda: micelab.error_breakdown(ann, snn, one, 2),
+    ]
+    for call in wrong:
+        with pytest.raises(InputError, match=r"images have shape \(3, 8, 8\), .* 4 dim.*: give one image as image\[None\]"):
+            call()
+    assert micelab.checkup(ann, one).problems[0].remedy == "give one image as image[None]"
+    assert snn(one[None]).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Conv1d(3, 4, 3), nn.ReLU()), (2, 3, 8)),
+        ((nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU()), (3, 8)),
+        ((nn.Flatten(), nn.Linear(24, 4), nn.ReLU()), (2, 3, 8)),
+    ],
+    ids=["sequences", "rows", "flattened"],
+)
+def test_sequences_and_rows_are_no_single_images(layers, shape):
+    ann = nn.Sequential(*layers).eval()
+    for parameter in ann.parameters():
+        parameter.data.fill_(0.1)
+    assert convert(ann, "max", torch.ones(shape))(torch.ones(shape)).shape[:2] == (shape[0], 4)
 
 
 def test_kind_and_width_of_a_resnet_are_not_given_together():

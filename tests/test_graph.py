@@ -134,6 +134,10 @@ NAMES = {
     "by keyword": (lambda m, x: F.relu(input=m.conv(x)), ["relu"]),
     "module and function": (lambda m, x: m.relu(m.conv(F.relu(x))), ["relu_1", "relu"]),
     "inner": (lambda m, x: m.inner(x), ["inner.relu"]),
+    "ReLU6": (lambda m, x: m.six(m.conv(m.six(x * 9))), ["six", "six_1"]),
+    "F.relu6": (lambda m, x: F.relu6(m.conv(x * 9)), ["relu6"]),
+    "F.relu6 in place, read again": (lambda m, x: F.relu6(y := m.conv(x * 9), inplace=True) + y, ["relu6"]),
+    "a fixed clip": (lambda m, x: m.conv(m.hard(x)), ["hard"]),
     "clips": (lambda m, x: m.clip(m.quant(m.clip(m.conv(x)))), ["clip", "quant", "clip_1"]),
 }
 
@@ -142,7 +146,8 @@ NAMES = {
 def test_every_activation_is_found_under_the_models_name(kind):
     run, names = NAMES[kind]
     inner = Net(lambda m, x: F.relu(m.conv(x)))
-    net = seeded(lambda: Net(run, relu=nn.ReLU(), inner=inner, clip=TrainableClip(0.7), quant=QuantClip(4, 0.8)))
+    fixed = {"six": nn.ReLU6(inplace=True), "hard": nn.Hardtanh(0, 0.5, inplace=True)}
+    net = seeded(lambda: Net(run, relu=nn.ReLU(), inner=inner, clip=TrainableClip(0.7), quant=QuantClip(4, 0.8), **fixed))
     found = activations(agrees(net))
     assert list(found) == names
     assert len({id(module) for module in found.values()}) == len(names)
@@ -176,6 +181,7 @@ AFFINE = {
     "slice": lambda m, x: F.relu(m.conv(x)[:, :2]),
     "padded shortcut": lambda m, x: F.relu(F.pad(F.relu(m.conv(x))[:, :2, ::2, ::2], (0, 0, 0, 0, 1, 1)) + 0.1),
     "two views of one tensor": lambda m, x: F.relu((y := m.conv(x)).flatten(1)) + y.mean((2, 3)).sum(1, keepdim=True),
+    "clipped at six": lambda m, x: F.relu6(20 * m.conv(F.relu6(8 * x))),
     "transposed sequence": lambda m, x: F.relu(m.long(F.relu(m.conv(x)).flatten(2).transpose(1, 2))).permute((0, 2, 1)),
     "permuted currents": lambda m, x: F.relu(torch.permute(m.conv(x), (0, 2, 3, 1))).permute(0, 3, -2, -3),
     "transposed by keyword": lambda m, x: torch.transpose(F.relu(m.conv(x)), dim0=1, dim1=3) + x.permute(dims=(0, 3, 2, 1)),
@@ -191,6 +197,12 @@ AFFINE = {
     "in place, a name no longer read": lambda m, x: (y := m.conv(x), k := m.same(y) + 1, m.inplace(y) + k)[2],
     "in place, a view no longer read": lambda m, x: (y := m.conv(x), k := y.flatten(2).mean(2), m.inplace(y).mean((2, 3)) + k)[2],
 }
+
+
+def halves(x, y):
+    x[:, :2] += y[:, :2]
+    x[:, 2:] += y[:, 2:]
+    return x
 
 
 def grow(x, y):
@@ -249,6 +261,14 @@ def test_a_torchvision_resnet_converts_once_its_max_pool_is_an_average():
     assert not norms(traced)
 
 
+def test_a_torchvision_mobilenet_with_its_relu6_converts_as_it_is():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    found = activations(agrees(torchvision.models.mobilenet_v2(num_classes=5).eval(), torch.rand(2, 3, 32, 32)))
+    assert len(found) == 35
+    assert {module.max_val for module in found.values()} == {6}
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return F.relu(x) if x.sum() > 0 else x
@@ -291,8 +311,11 @@ class Wordless(nn.Module):
 REFUSED = {
     "GELU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.GELU()), "layer `1` is nn.GELU"),
     "LeakyReLU": (lambda: nn.Sequential(nn.LeakyReLU()), "layer `0` is nn.LeakyReLU"),
-    "ReLU6": (lambda: nn.Sequential(nn.ReLU6()), r"layer `0` is nn.ReLU6.*TrainableClip\(6.0\)"),
-    "Hardtanh": (lambda: nn.Sequential(nn.Hardtanh(0, 4)), r"layer `0` is nn.Hardtanh.*TrainableClip\(max_val\)"),
+    "a clip below 0": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Hardtanh(-1, 1.5)),
+        r"layer `1` is nn.Hardtanh from -1 on.* below 0: train it with nn.Hardtanh\(0, 1.5\) or micelab.TrainableClip\(1.5\)",
+    ),
+    "a clip above 0": (lambda: nn.Sequential(nn.ReLU(), nn.Hardtanh(0.5, 2)), r"layer `1` is nn.Hardtanh from 0.5 on"),
     "MaxPool": (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "layer `1` is nn.MaxPool2d.*AvgPool2d"),
     "Softmax": (lambda: nn.Sequential(nn.ReLU(), nn.Softmax(1)), "layer `1` is nn.Softmax.*leave it out"),
     "LayerNorm": (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), "layer `1` is nn.LayerNorm.*BatchNorm"),
@@ -324,7 +347,7 @@ REFUSED = {
     ),
     "a hook": (
         lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_hook", lambda m, x, y: 2 * y),
-        "layer `0` has a forward hook.*: take it away",
+        r"layer `0` has a forward hook.* only watches: take it away with handle.remove\(\)",
     ),
     "a hook before": (
         lambda: with_hook(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), "register_forward_pre_hook", lambda m, x: None),
@@ -380,7 +403,8 @@ CALLS = {
     "first image": (lambda m, x: F.relu(x)[0], "`getitem`.*picks images"),
     "half the batch": (lambda m, x: F.relu(x)[:2], "`getitem`.*picks images"),
     "some of the batch": (lambda m, x: F.relu(x)[:2, :1], "`getitem`.*picks images"),
-    "clamp": (lambda m, x: F.relu(x).clamp(0, 1), r"`clamp`.*: write it as a layer, nn.ReLU or micelab.TrainableClip"),
+    "hardtanh": (lambda m, x: F.hardtanh(F.relu(x), 0, 1), r"`hardtanh`.*: write it as a layer, nn.Hardtanh\(0, c\)"),
+    "clamp": (lambda m, x: F.relu(x).clamp(0, 1), r"`clamp`.*: write it as a layer, nn.ReLU, nn.Hardtanh\(0, c\)"),
     "chunk": (lambda m, x: F.relu(x).chunk(2, 1)[0], r"`chunk`.*: take slices, as in x\[:, :4\]"),
     "transpose": (lambda m, x: F.relu(x).transpose(0, 1), "`transpose`"),
     "permute": (lambda m, x: F.relu(x).permute(1, 0, 2, 3), r"`permute`.*images.*: write it as x.transpose\(1, 2\) or x.permute"),
@@ -405,6 +429,8 @@ CALLS = {
         lambda m, x: (y := m.conv(x), k := m.same(y).flatten(2), grow(y, x), k)[3],
         "`add` in `forward` writes into its input, and `flatten`",
     ),
+    "parts written into": (lambda m, x: F.relu(halves(m.conv(x), x)), r"`x\[...\] = y` in `forward` writes.*: put.*torch.cat\("),
+    "parts of a layer's": (lambda m, x: m.writer(F.relu(x)), r"`x\[...\] = y` in `writer` writes"),
     "a result put elsewhere": (lambda m, x: (y := m.conv(x), torch.add(F.relu(x), 1, out=y), y)[2], "`add`.*: leave out= away"),
 }
 
@@ -422,8 +448,9 @@ def test_layers_without_a_spiking_counterpart_are_refused_by_name(kind):
 @pytest.mark.parametrize("kind", CALLS)
 def test_calls_that_are_not_affine_image_by_image_are_refused_by_name(kind):
     run, text = CALLS[kind]
+    inner, writer = Net(lambda m, x: torch.sigmoid(x)), Net(lambda m, x: halves(x, x))
     with pytest.raises(ConversionError, match=text):
-        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=Net(lambda m, x: torch.sigmoid(x)), same=nn.Identity()))
+        trace(Net(run, scale=nn.Parameter(torch.ones(1)), inner=inner, writer=writer, same=nn.Identity()))
 
 
 @pytest.mark.parametrize(

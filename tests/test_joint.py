@@ -420,6 +420,15 @@ def test_a_network_that_its_spec_does_not_describe_is_refused_before_the_trainin
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_network_whose_spec_is_empty_is_one_without_and_trains(few, tmp_path):
+    ann = micelab.small_cnn(activation="quant_clip")
+    ann.spec, ann.head = {}, nn.Linear(32, 10, bias=False)
+    net = joint.train(JointConfig(epochs=1, time_steps=(1,), batch_size=64), tmp_path, few, model=ann, progress=False)
+    assert net.spec == {}
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_teacher_that_teaches_nothing_is_refused():
     with pytest.raises(InputError, match=r"--teacher nobody teaches nothing where --distill is 0: give its weight"):
         JointConfig(teacher="nobody")

@@ -321,14 +321,6 @@ def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(mon
     ]
 
 
-@pytest.mark.parametrize("channels", [3, 4])  # those of the first layer, which torch takes for one image, and others
-def test_one_image_without_its_dimension_is_refused_with_the_remedy(channels):
-    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
-    snn = convert(nn.Sequential(*layers).eval(), "max", torch.rand(2, 3, 8, 8))
-    with pytest.raises(InputError, match=r"is this one image \[C, H, W\]\? Give it as image\[None\]"):
-        snn.simulate(torch.rand(channels, 8, 8), 2)
-
-
 def test_another_precision_is_refused():
     with pytest.raises(InputError, match="precision is 'fp16': choose 'auto', 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'"):
         spiking().simulate(digits(), 2, precision="fp16")

@@ -16,15 +16,23 @@ from micelab.activation import TrainableClip
 from micelab.exceptions import ConversionError
 from micelab.models import Normalize
 
-ACTIVATIONS = (nn.ReLU, TrainableClip)
+ACTIVATIONS = (nn.ReLU, nn.Hardtanh, TrainableClip)
+"""What becomes neurons; nn.Hardtanh (nn.ReLU6 is one) where it begins at 0."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+DIMENSIONS: dict[int, tuple[type[nn.Module], ...]] = {
+    3: (nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d),
+    4: (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, Normalize),
+    5: (nn.Conv3d, nn.ConvTranspose3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.BatchNorm3d),
+}
+"""How many dimensions a batch has where it comes to such a layer."""
 _AFFINE = (*WEIGHTED, *BATCH_NORMS, *POOLS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize)
-RELU_CALLS = {F.relu, torch.relu, "relu"}
+RELU_CALLS: dict[Any, type[nn.Module]] = {F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.relu6: nn.ReLU6}
+"""Calls that become neurons, and the layer that does the same."""
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _SUM_CALLS = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", operator.neg, torch.neg, "neg"}
 _SCALE_CALLS = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"}
@@ -51,10 +59,9 @@ OUT_OF_PLACE: dict[Any, Any] = {
     "neg_": "neg",
 }
 _REMEDIES = {
-    "ReLU6": "it is a clip at 6: put micelab.TrainableClip(6.0) in its place, which says the same with the same weights",
-    "Hardtanh": "from 0 up it is micelab.TrainableClip(max_val); what is below 0 plain spikes cannot say: use nn.ReLU",
     "MaxPool": "the maximum of spikes is not the spike count of the maximum: use nn.AvgPool2d or a stride, before training",
-    "Clamp": "write it as a layer, nn.ReLU or micelab.TrainableClip(c)",
+    "Hardtanh": "write it as a layer, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
+    "Clamp": "write it as a layer, nn.ReLU, nn.Hardtanh(0, c) or micelab.TrainableClip(c)",
     "Chunk": "it gives several tensors: take slices, as in x[:, :4] and x[:, 4:]",
     "Split": "it gives several tensors: take slices, as in x[:, :4] and x[:, 4:]",
     "Softmax": "it is not affine: leave it out, the largest logit stays the largest",
@@ -107,6 +114,13 @@ def is_size(node: Any) -> bool:
     return bool(node.all_input_nodes) and node.target is not torch.cat and all(map(is_size, node.all_input_nodes))
 
 
+def is_elementwise(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node, no activation, gives back as many dimensions as it takes, whatever they are."""
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), nn.Identity)
+    return node.op in ("call_function", "call_method") and node.target in _SUM_CALLS | _SCALE_CALLS
+
+
 def source_of(node: fx.Node) -> Any:
     """The first input of a call: a node, or what else was given."""
     return node.args[0] if node.args else node.kwargs.get("input")
@@ -134,6 +148,11 @@ def check_module(name: str, module: nn.Module) -> None:
         raise ConversionError(f"layer `{name}` is nn.{kind} without running statistics: train it with track_running_stats=True")
     if isinstance(module, nn.Flatten) and module.start_dim == 0:
         raise ConversionError(f"layer `{name}` flattens the images of a batch into one: use nn.Flatten(start_dim=1)")
+    if isinstance(module, nn.Hardtanh) and module.min_val != 0:
+        raise ConversionError(
+            f"layer `{name}` is nn.{kind} from {module.min_val:g} on, and a neuron says nothing below 0: train it with "
+            f"nn.Hardtanh(0, {module.max_val:g}) or micelab.TrainableClip({module.max_val:g})"
+        )
     if not isinstance(module, ACTIVATIONS + _AFFINE):
         of_activations = type(module).__module__ == nn.modules.activation.__name__
         usual = "use nn.ReLU or micelab.QuantClip" if of_activations else "use one of those in docs/conversion.md"
@@ -181,7 +200,7 @@ def _check_call(node: fx.Node) -> None:
             raise ConversionError(
                 f"{where(node)} works across the images of a batch (dimension 0): give it the dimensions from 1 on"
             )
-    elif call not in RELU_CALLS | _SUM_CALLS | _POOL_CALLS:
+    elif call not in RELU_CALLS and call not in _SUM_CALLS | _POOL_CALLS:
         name = call_name(node).replace("_", "").lower()
         why = next((text for part, text in _REMEDIES.items() if part.lower() in name), "use one of those in docs/conversion.md")
         raise ConversionError(f"{where(node)} has no spiking counterpart here: {why}")

@@ -28,6 +28,13 @@ class WritingProxy(fx.Proxy):
     __iadd__, __isub__ = _writing(operator.add), _writing(operator.sub)
     __imul__, __itruediv__ = _writing(operator.mul), _writing(operator.truediv)
 
+    def __setitem__(self, part: Any, value: Any) -> None:
+        inside = self.tracer.scope.module_path or "forward"
+        raise ConversionError(
+            f"`x[...] = y` in `{inside}` writes into a part of a tensor, which cannot be undone here: put the whole "
+            "together, as in torch.cat([x[:, :8] + a, x[:, 8:] + b], 1)"
+        )
+
 
 def undo_in_place(traced: fx.GraphModule, refuse: Refuse) -> None:
     """Every call that writes into its input becomes one that does not; what reads the input later reads the result.

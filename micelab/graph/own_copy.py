@@ -56,7 +56,10 @@ def _in_words(module: nn.Module, hook: Any) -> str:
     for kind, name, remedy in _WEIGHT_MAKERS:
         if isinstance(hook, kind):
             return f"a weight that {name} makes anew at each call: make it plain with {remedy}"
-    return "a forward hook, which the converted network would not run: take it away, with the remove() of its handle"
+    return (
+        "a forward hook, which the converted network would not run, and none tells beforehand whether it only watches: take it "
+        "away with handle.remove(), handle being what register_forward_hook gave back"
+    )
 
 
 def _hooks_of_others(hooks: dict[int, Any]) -> dict[int, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.exceptions import InputError, first_line
-from micelab.graph.affine import call_name
+from micelab.graph.affine import DIMENSIONS, call_name, is_elementwise
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.machine import full_precision, ran_out
 
@@ -23,7 +23,6 @@ class LayerRunner(fx.Interpreter):
         super().__init__(traced, garbage_collect_values=True)
         self.traced = traced
         self.extra_traceback = False
-        self._hint = ""
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         """What the activation `name` gives back for its input z; here the module's own value."""
@@ -33,7 +32,8 @@ class LayerRunner(fx.Interpreter):
         return module_of(self.traced, target)(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        self._hint = "; is this one image [C, H, W]? Give it as image[None]" if getattr(args[0], "ndim", 4) == 3 else ""
+        if isinstance(args[0], Tensor):
+            check_batch(self.traced, args[0])
         with full_precision(args[0].device if isinstance(args[0], Tensor) else torch.device("cpu")):
             return super().run(*args, **kwargs)
 
@@ -49,12 +49,12 @@ class LayerRunner(fx.Interpreter):
             if isinstance(error, RuntimeError) and ran_out(error):
                 raise
             raise InputError(
-                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}{self._hint}"
+                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}"
             ) from error
         if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
             raise InputError(
                 f"layer `{call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
-                f"keep dimension 0 as it is{self._hint}"
+                f"keep dimension 0 as it is"
             )
         return out
 
@@ -111,6 +111,30 @@ def check_images(images: Any) -> Tensor:
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise InputError(f"image {bad} of the batch holds NaN or infinite values: remove or mend it")
     return images
+
+
+def check_batch(traced: fx.GraphModule, images: Tensor) -> None:
+    """Raises InputError where `images` are one image without its batch, as the first layer that reads them tells.
+
+    >>> from micelab.graph import read
+    >>> try:
+    ...     check_batch(read(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), torch.zeros(3, 8, 8))
+    ... except InputError as error:
+    ...     print(error)
+    images have shape (3, 8, 8), and layer `0` takes a batch of 4 dimensions: give one image as image[None]
+    """
+    node = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    while node.users:
+        node = next(iter(node.users))
+        module = module_of(traced, str(node.target)) if node.op == "call_module" else None
+        dimensions = next((number for number, kinds in DIMENSIONS.items() if isinstance(module, kinds)), None)
+        if dimensions == images.dim() + 1:
+            raise InputError(
+                f"images have shape {tuple(images.shape)}, and layer `{node.target}` takes a batch of {dimensions} dimensions: "
+                "give one image as image[None]"
+            )
+        if dimensions or not (is_activation(traced, node) or is_elementwise(traced, node)):
+            return
 
 
 def check_labels(labels: Any, images: int) -> Tensor:

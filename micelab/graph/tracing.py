@@ -105,6 +105,8 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         graph = tracer.trace(model)
+    except ConversionError:  # of WritingProxy, which knows more
+        raise
     except Exception as error:  # whatever a forward does with a stand-in for its tensors
         where = f"{type(model).__name__}.forward"
         raise ConversionError(
@@ -209,6 +211,13 @@ def _check_single(node: fx.Node) -> None:
         raise ConversionError(f"the network gives back a {kind} of one tensor: it must give back the tensor itself, the logits")
 
 
+def _out_of_place(activation: nn.Module) -> nn.Module:
+    """A copy of an activation that does not write into its input."""
+    if isinstance(activation, nn.Hardtanh):
+        return nn.Hardtanh(0, activation.max_val)
+    return nn.ReLU() if isinstance(activation, nn.ReLU) else copy.deepcopy(activation)
+
+
 def _name_activations(traced: fx.GraphModule) -> None:
     """Gives every call of an activation a module of its own, out of place, under the model's own name."""
     taken = {name for name, _ in traced.named_modules()}
@@ -216,10 +225,11 @@ def _name_activations(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), ACTIVATIONS):
             module, name = traced.get_submodule(node.target), node.target
-            module = nn.ReLU() if isinstance(module, nn.ReLU) else copy.deepcopy(module)
+            module = _out_of_place(module)
             free = name not in seen
         elif node.op in ("call_function", "call_method") and node.target in RELU_CALLS:
-            module, name = nn.ReLU(), f"{scope(node)}.relu".lstrip(".")
+            module = RELU_CALLS[node.target]()
+            name = f"{scope(node)}.{type(module).__name__.lower()}".lstrip(".")
             free = name not in taken
         else:
             continue

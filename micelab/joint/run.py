@@ -55,7 +55,7 @@ def prepare(model: nn.Module, time_steps: int = 8) -> Any:
         if name not in own:
             raise ConversionError(f"`{name}` is a second call of one activation: give each call a module of its own")
         net.set_submodule(name, SpikeClip.like(activation, time_steps))
-    if hasattr(net, "spec"):
+    if getattr(net, "spec", None):
         net.spec = net.spec | {"activation": "spike_clip", "levels": time_steps}
     return net
 
@@ -72,7 +72,8 @@ def train(
 ) -> Any:
     """Stage 2: trains `model` (or the checkpoint `config.start`) with spikes in the loop; gives back the network.
 
-    `model`: any convertible network with trained bounds; it is not changed. Folder, resuming and errors as in
+    `model`: any convertible network with trained bounds; it is not changed. One without a `spec` is given back and not saved; one
+    that its `spec` does not describe is refused before the first epoch. Folder, resuming and errors as in
     `micelab.train.train`. Convert what comes back with method="mice".
 
     >>> import tempfile

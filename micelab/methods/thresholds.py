@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from micelab.activation import NoisyQuantClip, SpikeClip, TrainableClip, quantize
+from micelab.activation import NoisyQuantClip, SpikeClip, clipping_bound, quantize
 from micelab.exceptions import ConversionError
 
 
@@ -15,8 +15,8 @@ from micelab.exceptions import ConversionError
 class Observation:
     """What an activation of the ANN received on the calibration images.
 
-    `samples` [C, M] of its input z (a fixed, even choice where there were more), `highest` [C] over all; `time_steps`,
-    `percentile`, `v0`: what the user asked for.
+    `samples` [C, M] of its input z (a fixed, even choice where there were more), `highest` [C] over all, neither above the
+    bound of an activation that clips; `time_steps`, `percentile`, `v0`: what the user asked for.
 
     >>> seen = Observation("relu", nn.ReLU(), torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([2.0]), 4, 99.9, 0.5)
     >>> highest(seen)
@@ -68,19 +68,20 @@ def mean_square_optimal(seen: Observation, candidates: int = 100) -> Tensor:
 
 
 def trained_bound(seen: Observation) -> Tensor:
-    """theta = the clipping bound that the network was trained with.
+    """theta = the clipping bound that the network was trained with: a trained one, or the 6 of nn.ReLU6.
 
     >>> from micelab import QuantClip
     >>> z = torch.rand(1, 9)
     >>> trained_bound(Observation("act", QuantClip(levels=4, theta=2.0), z, z.amax(1), 4, 99.9, 0.5)).detach()
     tensor(2.)
     """
-    if not isinstance(seen.activation, TrainableClip):
+    bound = clipping_bound(seen.activation)
+    if bound is None:
         raise ConversionError(
             f"layer `{seen.layer}` is nn.{type(seen.activation).__name__} and has no trained bound: train with "
             'activation="clip" or "quant_clip", or convert with "max", "percentile" or "mse"'
         )
-    return seen.activation.theta.detach()
+    return bound
 
 
 def trained_start(layer: str, activation: nn.Module) -> Tensor:

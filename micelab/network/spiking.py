@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from micelab.exceptions import InputError
-from micelab.graph.runner import check_images, check_time_steps
+from micelab.graph.runner import check_batch, check_images, check_time_steps
 from micelab.graph.tracing import activations, depth
 from micelab.machine import has_bf16, say_lacking, sums_of_products
 from micelab.network import int8
@@ -222,6 +222,7 @@ class SpikingNetwork(nn.Module):
         if isinstance(images, Tensor) and images.device != own.device:
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
         images = check_images(images).to(own.dtype)
+        check_batch(self.layers, images)
         return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
     def precision_here(self, precision: Precision, device: torch.device | str) -> Precision:
