@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from micelab.graph.affine import BATCH_NORMS
 from micelab.graph.tracing import is_activation, module_of, read
+from micelab.joint import convolutions
 from micelab.joint.normed import TakesAlong, ThroughTime
 from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded
@@ -69,7 +70,13 @@ class _Steps(TakesAlong, TimeFolded):
         return out
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A batch-norm that the neurons after it take along hands its input on to them."""
+        """A batch-norm that the neurons after it take along hands its input on to them; convolutions follow the spikes."""
+        source = self.node.args[0]
+        if source in self.over_time and is_activation(self.traced, cast(fx.Node, source)):
+            convolution = module_of(self.traced, target)
+            if convolutions.suits(convolution, args[0]):
+                theta = module_of(self.traced, str(cast(fx.Node, source).target)).log_theta.exp()
+                return convolutions.convolve(convolution, args[0], theta)
         timed = self.node in self.over_time or is_activation(self.traced, next(iter(self.node.users), self.node))
         norm = module_of(self.traced, target)
         if timed and isinstance(norm, BATCH_NORMS) and self.takes(norm, args[0], self.steps) is not None:

@@ -161,11 +161,17 @@ class Way:
 
     def suits(self, convolution: Any, neuron: Any) -> bool:
         """Whether the convolution [N, C, H, W] of this layer's spikes is one for it."""
-        if type(convolution) is not nn.Conv2d or not isinstance(neuron, IntegrateFire) or neuron.signed:
-            return False
-        square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
-        plain = square and convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
-        return plain and convolution.weight.dtype == torch.float32 and self.kind.serves(convolution)
+        plain = isinstance(neuron, IntegrateFire) and not neuron.signed
+        return plain and is_plain(convolution) and self.kind.serves(convolution)
+
+
+def is_plain(convolution: Any) -> bool:
+    """Whether it is one of two dimensions in fp32 without groups, dilation, or other edges than zeros, and as wide as high."""
+    if type(convolution) is not nn.Conv2d:
+        return False
+    square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
+    whole = convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
+    return square and whole and convolution.weight.dtype == torch.float32
 
 
 def _has_compiler() -> bool:

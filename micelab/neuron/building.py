@@ -1,4 +1,4 @@
-"""`neuron.c`, `normed.c`, `events.c` and `matrix.c` as a library in this process: compiled when it is first needed, and kept.
+"""`neuron.c`, `normed.c`, `events.c`, `gradients.c` and `matrix.c` as a library in this process: compiled when it is first needed, and kept.
 
 The C compiler is $CC, or else `cc`, `gcc` or `clang`. What it makes is kept in the user's cache folder ($XDG_CACHE_HOME, or
 ~/.cache), under a name that holds the processor, the compiler's options and the sources.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SOURCES = [Path(__file__).with_name(name) for name in ("lanes.h", "neuron.c", "normed.c", "events.c", "matrix.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("lanes.h", "neuron.c", "normed.c", "events.c", "gradients.c", "matrix.c")]
 COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 """`-ffp-contract=off`: v0*theta + I in one rounding would flip spikes."""
@@ -59,10 +59,11 @@ def load(cc: str) -> Any:
         library.normed_rate_gradient.argtypes = [place] * 10 + [number] * 2 + [size] * 3 + [flag] * 2
         library.of_channels.argtypes = [place] * 6 + [size] * 2 + [flag] * 2
         library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
-        library.pack_spikes.argtypes = [place] * 2 + [size] * 2 + [flag]
+        library.pack_spikes.argtypes = [place] * 2 + [size] * 2 + [flag] * 2
         library.unpack_spikes.argtypes = [place] * 3 + [size] * 2 + [flag]
         library.sum_sets.argtypes = [place] * 2 + [size] * 3
-        library.fire_events.argtypes = [place] * 13 + [size] * 10 + [flag]
+        library.fire_events.argtypes = [place] * 13 + [size] * 10 + [flag] * 2
+        library.weight_gradient.argtypes = [place] * 3 + [size] * 7 + [flag] * 2
         for function in FUNCTIONS:
             getattr(library, function).restype = None
         return library

@@ -1,4 +1,5 @@
-"""Convolutions of spikes in compiled C: spike by spike with their neurons (`events.c`), or by the matrix unit (`matrix.c`).
+"""Convolutions of spikes in compiled C: spike by spike (`events.c`), with their neurons or the gradient of their weights
+(`gradients.c`), or by the matrix unit (`matrix.c`).
 
 They need the library of `micelab.neuron.compiled`; `micelab.network.spike_convolutions` says which layers they are for.
 """
@@ -31,7 +32,7 @@ def convolve_by_matrix(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int
 
 
 def packed(spikes: Tensor) -> Tensor:
-    """Spikes [N, C, H, W], fp32 and not 0 where there is one, as bits [N, H, W, ceil(C/8)], uint8: of a byte's eight channels the
+    """Spikes [N, C, H, W], fp32 or bf16 and not 0 where there is one, as bits [N, H, W, ceil(C/8)], uint8: of a byte's eight channels the
     first is the lowest bit.
 
     >>> packed(torch.tensor([0.0, 0.7, 0.7]).view(1, 3, 1, 1)).item()  # 2 + 4
@@ -41,7 +42,8 @@ def packed(spikes: Tensor) -> Tensor:
     images, height, width, channels = _sizes(spikes)
     bits = torch.empty(images, height, width, -(-channels // 8), dtype=torch.uint8, device="cpu")
     places = images * height * width
-    compiled.shared_library().pack_spikes(spikes.data_ptr(), bits.data_ptr(), places, channels, compiled.threads_for(spikes))
+    half, threads = spikes.dtype == torch.bfloat16, compiled.threads_for(spikes)
+    compiled.shared_library().pack_spikes(spikes.data_ptr(), bits.data_ptr(), places, channels, half, threads)
     return bits
 
 
@@ -63,6 +65,23 @@ def sums_of_sets(weight: Tensor) -> Tensor:
     return sums
 
 
+def weight_gradient(bits: Tensor, grad: Tensor, channels: int, side: int, padding: int) -> Tensor:
+    """Gradient [side, side, C, out] of the weights of a convolution of spikes, bits as of `packed`, of stride 1 and a kernel of
+    `side` 1 or 3, for that of its currents [N, out, H, W], fp32 or bf16; in fp32. out: a multiple of 16.
+
+    Raises RuntimeError where the memory does not suffice.
+    """
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    images, height, width, _ = bits.shape
+    threads = compiled.threads_for(grad)
+    parts = torch.zeros(threads, side, side, channels, grad.shape[1], dtype=torch.float32, device="cpu")
+    places = (tensor.data_ptr() for tensor in (bits, grad, parts))
+    sizes = (images, height, width, channels, grad.shape[1], side, padding)
+    if compiled.shared_library().weight_gradient(*places, *sizes, grad.dtype == torch.bfloat16, threads):
+        raise RuntimeError(NO_MEMORY)
+    return parts.sum(0)
+
+
 @dataclass(frozen=True)
 class EventLayer:
     """A convolution of spikes, bits as of `packed`: weight [rows, columns, C, out] with theta multiplied in, and bias [out].
@@ -76,9 +95,9 @@ class EventLayer:
     stride: int
     padding: int
 
-    def currents(self, bits: Tensor) -> Tensor:
-        """[N, out, H, W], channels_last. Raises as `convolve_by_matrix` does."""
-        out = _channels_last(self._shape(bits))
+    def currents(self, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, out, H, W], channels_last, fp32, or bf16 where `dtype` is. Raises as `convolve_by_matrix` does."""
+        out = _channels_last(self._shape(bits), dtype)
         self._run(bits, 1, out=out)
         return out
 
@@ -134,7 +153,8 @@ class EventLayer:
         rows, columns, channels, outputs = self.weight.shape
         sizes = (steps, images // steps, height, width, channels, outputs, rows, columns, self.stride, self.padding)
         threads = torch.get_num_threads() if images * height * width * outputs >= compiled.ALONE else 1
-        if compiled.shared_library().fire_events(*places, *sizes, threads):
+        half = out is not None and out.dtype == torch.bfloat16
+        if compiled.shared_library().fire_events(*places, *sizes, half, threads):
             raise RuntimeError(NO_MEMORY)
 
 
@@ -155,9 +175,9 @@ def convolved_shape(shape: torch.Size, weight: Tensor, stride: int, padding: int
     return images, outputs, high, wide
 
 
-def _channels_last(shape: tuple[int, ...]) -> Tensor:
-    """Room for fp32 numbers in main memory, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+def _channels_last(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for numbers in main memory, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _sizes(images: Tensor) -> tuple[int, int, int, int]:

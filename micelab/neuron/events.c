@@ -25,7 +25,8 @@ typedef uint16_t bits;
 typedef uint8_t bits;
 #endif
 
-/* spikes of the steps of some images, and what is made of them: currents `out` [steps][images][high][wide][outputs]; or, where
+/* spikes of the steps of some images, and what is made of them: currents `out` [steps][images][high][wide][outputs], bf16 where
+   `half`; or, where
    there is a theta, bits `fired` for those currents, those at `plus` (or NULL) and spikes `more` (or NULL) of height `amplitude`;
    theta and start are of each output, residual and count (or NULL) [images][high][wide][outputs] */
 typedef struct {
@@ -33,10 +34,11 @@ typedef struct {
     const float *weights, *bias, *plus;
     const uint8_t *more;
     const float *amplitude, *theta, *start;
-    float *out;
+    void *out;
     uint8_t *fired;
     float *count, *residual;
     int64_t steps, images, height, width, channels, outputs, rows, columns, stride, padding, high, wide;
+    int half;
 } layer;
 
 /* bytes of the spikes of a place */
@@ -108,7 +110,7 @@ INLINE numbers of_outputs(const layer *k, int64_t output)
 INLINE void send(const layer *k, const numbers *n, vector current, int64_t at, int64_t here)
 {
     if (!k->theta) {
-        keep(k->out + at, current);
+        put(k->out, at, 4 * LANES, k->half, current);
         return;
     }
     if (k->plus)
@@ -148,26 +150,25 @@ INLINE int64_t listed(const uint8_t *spikes, int64_t channels, int32_t from, int
     return found;
 }
 
-/* which of the first `many` of LANES values are not 0 */
-INLINE bits fired(const float *values, int64_t many)
+/* which of LANES values are not 0 */
+INLINE bits fired(vector values)
 {
 #if defined __AVX512F__
-    const __m512 there = _mm512_maskz_loadu_ps((1 << many) - 1, values);
-    return _mm512_cmp_ps_mask(there, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return _mm512_cmp_ps_mask((__m512)values, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 #elif defined __AVX__
-    if (many == LANES)
-        return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_setzero_ps(), _CMP_NEQ_UQ));
-#endif
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)values, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#else
     bits yes = 0;
-    for (int64_t i = 0; i < many; i++)
+    for (int i = 0; i < LANES; i++)
         yes |= (values[i] != 0.0f) << i;
     return yes;
+#endif
 }
 
-/* `many` of LANES values as bits: 1 where they are not 0 */
-INLINE void pack(const float *values, uint8_t *packed, const int64_t many)
+/* `many` of LANES values from number `at` on as bits: 1 where they are not 0 */
+INLINE void pack(const void *values, int64_t at, uint8_t *packed, const int64_t many, const int half)
 {
-    const bits spikes = fired(values, many);
+    const bits spikes = fired(take(values, at, 4 * many, half));
     memcpy(packed, &spikes, eights(many));
 }
 
@@ -182,18 +183,25 @@ INLINE void unpack(const uint8_t *packed, const float *amplitude, float *values,
     memcpy(values, &heights, many * sizeof *values);
 }
 
-/* values [places][channels] and back */
-void pack_spikes(const float *values, uint8_t *packed, int64_t places, int64_t channels, int threads)
+INLINE void pack_place(const void *values, uint8_t *packed, int64_t place, int64_t channels, const int half)
 {
-    const int64_t whole = channels - channels % LANES;
+    const int64_t whole = channels - channels % LANES, from = place * channels;
+    uint8_t *to = packed + place * eights(channels);
+    for (int64_t at = 0; at < whole; at += LANES)
+        pack(values, from + at, to + at / GROUP, LANES, half);
+    if (whole < channels)
+        pack(values, from + whole, to + whole / GROUP, channels - whole, half);
+}
+
+/* values [places][channels], fp32 or, half, bf16, as bits; and back, in fp32 */
+void pack_spikes(const void *values, uint8_t *packed, int64_t places, int64_t channels, int half, int threads)
+{
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t place = 0; place < places; place++) {
-        const float *from = values + place * channels;
-        uint8_t *to = packed + place * eights(channels);
-        for (int64_t at = 0; at < whole; at += LANES)
-            pack(from + at, to + at / GROUP, LANES);
-        if (whole < channels)
-            pack(from + whole, to + whole / GROUP, channels - whole);
+        if (half)
+            pack_place(values, packed, place, channels, 1);
+        else
+            pack_place(values, packed, place, channels, 0);
     }
 }
 
@@ -447,12 +455,12 @@ static int with_sets(const layer *k, const float *sums, int threads)
 /* Without theta there are no neurons, and images are those of all steps. sums: of `sum_sets`, for 16 to 32 channels and a kernel
    of one place or 3 x 3, or NULL: then spikes are listed. 0, or 1 where there is no memory for sets or lists */
 int fire_events(const uint8_t *spikes, const float *weights, const float *sums, const float *bias, const float *plus,
-                const uint8_t *more, const float *amplitude, const float *theta, const float *start, float *out, uint8_t *fired,
+                const uint8_t *more, const float *amplitude, const float *theta, const float *start, void *out, uint8_t *fired,
                 float *count, float *residual, int64_t steps, int64_t images, int64_t height, int64_t width, int64_t channels,
-                int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding, int threads)
+                int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding, int half, int threads)
 {
     const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
     const layer k = {spikes, weights, bias, plus, more, amplitude, theta, start, out, fired, count, residual, steps, images,
-                     height, width, channels, outputs, rows, columns, stride, padding, high, wide};
+                     height, width, channels, outputs, rows, columns, stride, padding, high, wide, half};
     return sums ? with_sets(&k, sums, threads) : with_lists(&k, threads);
 }
