@@ -17,6 +17,7 @@ from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
 from micelab.network.spike_convolutions import WAYS, Spikes
 from micelab.neuron import building, compiled
+from micelab.neuron.convolutions import packed, weight_gradient
 from micelab.neuron.firing import IntegrateFire
 
 LACKING = {"events": "no C compiler works here", "bf16x3": "no matrix unit (AMX) here"}
@@ -91,12 +92,16 @@ def test_other_processors_add_in_the_same_order(instructions, channels, monkeypa
     layer, theta = nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False), torch.tensor(0.7)
     spikes = sent((4, channels, 9, 7), 0.2, theta)
     expected = WAYS["events"].kind(layer, theta).currents(Spikes(spikes))
+    bits, grad = packed(spikes), torch.randn_like(expected)
+    of_weight = weight_gradient(bits, grad, channels, 3, 1)
     others = [option for option in building.OPTIONS if option != "-march=native"]
     monkeypatch.setattr(building, "OPTIONS", (*others, "-march=x86-64", *instructions, "-Werror=implicit-function-declaration"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = building.load(building.compiler())
     monkeypatch.setattr(compiled, "shared_library", lambda: library)
     assert torch.equal(WAYS["events"].kind(layer, theta).currents(Spikes(spikes)), expected)
+    assert torch.equal(packed(spikes.bfloat16()), bits)
+    assert torch.equal(weight_gradient(bits, grad, channels, 3, 1), of_weight)
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from torch import nn
 
 import micelab
 from micelab.activation import straight_through
-from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
+from micelab.joint import SpikesInTheLoop, SpikesThroughTime, convolutions, prepare
 from micelab.joint import normed as together
 from micelab.joint.normed import StraightThrough, ThroughTime, statistics, suits
 from micelab.joint.through_time import spikes_through_time, time_gradient
+from micelab.network.spike_convolutions import Way
 from micelab.neuron import compiled
 from micelab.neuron.layout import over_channels
 from micelab.neuron.normed import NormedNeurons
@@ -126,6 +127,129 @@ def test_at_one_step_it_is_the_straight_through_gradient():
     wanted = gradients(lambda z, log_theta, v0: straight_through(z, rate, log_theta, v0, 1), z[0], log_theta, half, grad[0])
     torch.testing.assert_close(found[1][0], wanted[1])
     torch.testing.assert_close(found[2], wanted[2])
+
+
+LAYERS = {  # channels, outputs, size of the map, kernel, stride, padding
+    "narrow": (16, 16, 12, 3, 1, 1),
+    "twenty channels": (20, 48, 9, 3, 1, 1),
+    "wide": (64, 32, 7, 3, 1, 1),
+    "wider than it is listed at once": (96, 64, 5, 3, 1, 1),
+    "one place": (32, 16, 10, 1, 1, 0),
+    "without an edge": (32, 32, 17, 3, 1, 0),
+    "with a wide edge": (16, 32, 6, 3, 1, 2),
+    "many images of one place": (32, 32, 3, 3, 1, 0),
+    "by twos": (16, 32, 12, 3, 2, 1),
+    "one place by twos": (16, 32, 12, 1, 2, 0),
+    "a large kernel": (32, 32, 9, 5, 1, 2),
+    "an edge around one place": (32, 32, 6, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_convolution_that_follows_the_spikes_has_the_gradient_of_a_dense_one(kind, dtype, threads):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(3)
+    channels, outputs, size, *shape = LAYERS[kind]
+    layer, theta = (
+        nn.Conv2d(channels, outputs, *shape),
+        torch.linspace(0.5, 2, channels) if kind == "wide" else torch.tensor(0.75),
+    )
+    reference = copy.deepcopy(layer).double()
+    spikes = (over_channels(theta, torch.empty(5, channels, 1, 1)) * (torch.rand(5, channels, size, size) < 0.3)).to(dtype)
+    theta = theta.to(dtype).float()  # what bf16 spikes are
+    spikes, dense = spikes.requires_grad_(), spikes.detach().double().requires_grad_()
+    expected = reference(dense)
+    grad = torch.randn_like(expected).to(dtype)
+    expected.backward(grad.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert convolutions.suits(layer, spikes) or dtype == torch.bfloat16
+        out = convolutions.convolve(layer, spikes, theta)
+        out.backward(grad)
+    finally:
+        torch.set_num_threads(before)
+    assert out.dtype == spikes.grad.dtype == dtype
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    pairs = (out, expected), (spikes.grad, dense.grad), (layer.weight.grad, reference.weight.grad)
+    for found, wanted in (*pairs, (layer.bias.grad, reference.bias.grad)):
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() < 2 * rounding * wanted.norm()
+
+
+def test_whole_passes_that_follow_the_spikes_are_the_dense_ones(monkeypatch):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    torch.manual_seed(4)
+    layers = []
+    for channels, outputs in ((1, 16), (16, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(channels, outputs, 3, 1 + (outputs > channels > 1), 1), micelab.QuantClip(levels=4)]
+    net = prepare(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)), 4)
+    with torch.no_grad():
+        for parameter in net.parameters():  # few bits, so that no current depends on the order of its sum
+            parameter.copy_((parameter * 64).round() / 64)
+        for module in net.modules():
+            if hasattr(module, "log_theta"):
+                module.log_theta.zero_()
+    images, found, taken, suits = (torch.rand(6, 1, 10, 10) * 64).round() / 64, [], [], convolutions.suits
+    for follows in (True, False):
+        monkeypatch.setattr(convolutions, "suits", lambda layer, spikes, follows=follows: follows and suits(layer, spikes))
+        monkeypatch.setattr(convolutions._Convolution, "apply", _noting(convolutions._Convolution.apply, taken))
+        net.zero_grad()
+        logits, _ = SpikesThroughTime(net)(images, time_steps=4)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None)])
+        monkeypatch.undo()
+    assert taken == [16, 16, 32]
+    assert torch.equal(found[0][0], found[1][0])
+    assert float(found[0][0].abs().max()) > 0
+    assert_near(*found)
+
+
+def _noting(apply, taken):
+    def noted(spikes, *rest):
+        taken.append(spikes.shape[1])
+        return apply(spikes, *rest)
+
+    return noted
+
+
+def test_convolutions_that_do_not_suit_are_dense(monkeypatch):
+    if compiled.shared_library() is None:
+        pytest.skip("no C compiler is here")
+    monkeypatch.setitem(convolutions.WAYS, "bf16x3", Way(None, lambda: False))
+    spikes, right = torch.zeros(2, 16, 8, 8), nn.Conv2d(16, 16, 3)
+    assert convolutions.suits(right, spikes)
+    assert convolutions.suits(right, spikes.bfloat16())
+    for layer in (
+        nn.Conv2d(16, 12, 3),
+        nn.Conv2d(8, 16, 3),
+        nn.Conv2d(16, 16, 3, groups=2),
+        nn.Conv1d(16, 16, 3),
+        nn.Linear(16, 16),
+    ):
+        assert not convolutions.suits(layer, spikes)
+    assert not convolutions.suits(right, spikes.double())
+    assert not convolutions.suits(right, spikes.to("meta"))
+    monkeypatch.setitem(convolutions.WAYS, "bf16x3", Way(None, lambda: True))
+    assert convolutions.suits(right, spikes)
+    assert not convolutions.suits(right, spikes.bfloat16())
+    monkeypatch.setitem(convolutions.WAYS, "events", Way(None, lambda: False))
+    assert not convolutions.suits(right, spikes)
+
+
+def test_too_little_memory_for_the_gradient_of_weights_is_said(monkeypatch):
+    library = compiled.shared_library()
+    if library is None:
+        pytest.skip("no C compiler is here")
+    layer, spikes = nn.Conv2d(16, 16, 3), torch.zeros(2, 16, 8, 8)
+    out = convolutions.convolve(layer, spikes, torch.tensor(1.0))
+    monkeypatch.setattr(compiled, "shared_library", lambda: type("Full", (), {"weight_gradient": staticmethod(lambda *_: 1)}))
+    with pytest.raises(RuntimeError, match="can't allocate memory for a convolution of spikes"):
+        out.sum().backward()
 
 
 def normed_spikes(z, norm, log_theta, v0, steps, plus=None, constant=False):

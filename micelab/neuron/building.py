@@ -1,4 +1,4 @@
-"""`neuron.c`, `normed.c`, `events.c`, `gradients.c` and `matrix.c` as a library in this process: compiled when it is first needed, and kept.
+"""The C sources of this folder as a library in this process: compiled when it is first needed, and kept.
 
 The C compiler is $CC, or else `cc`, `gcc` or `clang`. What it makes is kept in the user's cache folder ($XDG_CACHE_HOME, or
 ~/.cache), under a name that holds the processor, the compiler's options and the sources.

@@ -32,8 +32,8 @@ def convolve_by_matrix(spikes: Tensor, weight: Tensor, bias: Tensor, stride: int
 
 
 def packed(spikes: Tensor) -> Tensor:
-    """Spikes [N, C, H, W], fp32 or bf16 and not 0 where there is one, as bits [N, H, W, ceil(C/8)], uint8: of a byte's eight channels the
-    first is the lowest bit.
+    """Spikes [N, C, H, W], fp32 or bf16 and not 0 where there is one, as bits [N, H, W, ceil(C/8)], uint8: of a byte's eight
+    channels the first is the lowest bit.
 
     >>> packed(torch.tensor([0.0, 0.7, 0.7]).view(1, 3, 1, 1)).item()  # 2 + 4
     6
