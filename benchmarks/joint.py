@@ -2,6 +2,7 @@
 
     python benchmarks/joint.py --out data/results/benchmark-joint.json
 
+Networks are the shipped ones, on images of CIFAR-10: training through time follows the spikes, and they are a trained network's.
 Seconds are those of the process (CPU time where one thread is used), so that a busy machine disturbs the ratios less.
 """
 
@@ -27,7 +28,7 @@ from micelab.machine import keep_memory, machine
 def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
     """A forward and backward pass of each kind, without the optimizer: ReLU, quantized clip, and both joint ones at several T."""
     layout: Any = {"memory_format": torch.channels_last}
-    images = torch.rand(batch_size, 3, 32, 32).contiguous(**layout)
+    images, _ = next(micelab.load_data("cifar10").train.batches(batch_size))
 
     def step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -40,11 +41,11 @@ def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
 
     found = {}
     for activation in ("relu", "quant_clip"):
-        ann = micelab.resnet20(activation=activation).to(**layout).train()
+        ann = micelab.load(f"resnet20a-cifar10-{activation}".replace("quant_clip", "qcfs")).to(**layout).train()
         found[activation] = step(ann, lambda ann=ann: ann(images))
     for kind, name, times in ((SpikesInTheLoop, "joint", (1, 2, 4, 8)), (SpikesThroughTime, "through time", (1, 2, 4, 8))):
         for t in times:
-            loop = kind(prepare(micelab.resnet20(activation="quant_clip", theta=1.0), t).to(**layout)).train()
+            loop = kind(prepare(micelab.load(f"resnet20a-cifar10-mice-t{t}"), t).to(**layout)).train()
             found[f"{name} T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import suppress
 from itertools import chain
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from micelab import models
 from micelab.exceptions import CheckpointError, MicelabError
+
+log = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -145,14 +148,27 @@ def load(name: str | Path, folder: str | Path | None = None) -> nn.Module:
 
 
 def start_from(model: nn.Module, name: str | Path) -> None:
-    """Copies the weights of a checkpoint into `model`, whose activations may be others: what only one of them has stays."""
+    """Copies the weights of a checkpoint into `model`, whose activations may be others: what only one of them has stays.
+
+    Of a network for another number of classes, what has one row for each begins anew, as `model` has it, and the log says so.
+    """
     path = find(name)
-    tensors, _ = read_tensors(path)
+    tensors, words = read_tensors(path)
     own = model.state_dict()
+    there, here = (spec.get("num_classes") if spec else None for spec in (words.get("spec"), getattr(model, "spec", None)))
+    if there != here and (anew := _by_classes(own, here) & _by_classes(tensors, there)):
+        names = " and ".join(sorted(anew))
+        log.warning("%s tells %s classes apart, the network here %s: %s begin anew", path, there, here, names)
+        tensors |= {key: value for key, value in own.items() if key in anew or key.startswith("normalize.")}
     of_activations = (".log_theta", ".sigma", ".v0_start")
     bounds = {key: value for key, value in own.items() if key.endswith(of_activations) and key not in tensors}
     weights = {key: value for key, value in tensors.items() if key in own or not key.endswith(of_activations)}
     load_weights(model, weights | bounds, path)
+
+
+def _by_classes(tensors: dict[str, Tensor], classes: Any) -> set[str]:
+    """The names of those that have one row for each class."""
+    return {name for name, tensor in tensors.items() if tensor.shape[:1] == (classes,)}
 
 
 def _restore(spec: Any, tensors: dict[str, Tensor], source: Any) -> nn.Module:

@@ -146,6 +146,21 @@ def test_the_weights_of_another_network_are_refused_with_the_first_that_differs(
         checkpoint.load_weights(models.resnet20(), tensors, saved)
 
 
+def test_a_network_for_other_classes_lends_all_but_its_last_layer(tmp_path, caplog):
+    lent = models.small_cnn(activation="quant_clip", mean=[0.9], std=[0.9])
+    path = checkpoint.save(lent, tmp_path / "ten")
+    own = models.small_cnn(activation="relu", num_classes=7)
+    head, mean = own.head.weight.clone(), own.normalize.mean.clone()
+    checkpoint.start_from(own, path)
+    assert torch.equal(own.head.weight, head)
+    assert torch.equal(own.normalize.mean, mean)  # of the images to come
+    assert torch.equal(own.stem[0].weight, lent.stem[0].weight)
+    told = f"{path} tells 10 classes apart, the network here 7: head.bias and head.weight begin anew"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    with pytest.raises(CheckpointError, match="another network"):
+        checkpoint.start_from(models.small_cnn(num_classes=7, width=8), path)
+
+
 def test_a_refused_file_leaves_the_model_as_it_was(saved):
     tensors, _ = checkpoint.read_tensors(saved)
     tensors["stem.0.weight"][0] = torch.nan
