@@ -180,41 +180,52 @@ def test_a_convolution_that_follows_the_spikes_has_the_gradient_of_a_dense_one(k
         assert (found - wanted).norm() < 2 * rounding * wanted.norm()
 
 
-def test_whole_passes_that_follow_the_spikes_are_the_dense_ones(monkeypatch):
+@pytest.mark.parametrize("kind", [SpikesThroughTime, SpikesInTheLoop])
+def test_whole_passes_that_follow_the_spikes_are_the_dense_ones(kind, monkeypatch):
     if compiled.shared_library() is None:
         pytest.skip("no C compiler is here")
-    torch.manual_seed(4)
-    layers = []
-    for channels, outputs in ((1, 16), (16, 16), (16, 32), (32, 32)):
-        layers += [nn.Conv2d(channels, outputs, 3, 1 + (outputs > channels > 1), 1), micelab.QuantClip(levels=4)]
-    net = prepare(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)), 4)
-    with torch.no_grad():
-        for parameter in net.parameters():  # few bits, so that no current depends on the order of its sum
-            parameter.copy_((parameter * 64).round() / 64)
-        for module in net.modules():
-            if hasattr(module, "log_theta"):
-                module.log_theta.zero_()
-    images, found, taken, suits = (torch.rand(6, 1, 10, 10) * 64).round() / 64, [], [], convolutions.suits
+    net = on_few_bits()
+    images, found, asked, suits = (torch.rand(6, 1, 10, 10) * 64).round() / 64, [], [], convolutions.suits
     for follows in (True, False):
-        monkeypatch.setattr(convolutions, "suits", lambda layer, spikes, follows=follows: follows and suits(layer, spikes))
-        monkeypatch.setattr(convolutions._Convolution, "apply", _noting(convolutions._Convolution.apply, taken))
+
+        def judged(layer, spikes, follows=follows):
+            asked.append((layer.in_channels, suits(layer, spikes)))
+            return follows and asked[-1][1]
+
+        monkeypatch.setattr(convolutions, "suits", judged)
         net.zero_grad()
-        logits, _ = SpikesThroughTime(net)(images, time_steps=4)
+        logits, _ = kind(net)(images, time_steps=4)
         logits.square().sum().backward()
         found.append([logits.detach(), *(parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None)])
-        monkeypatch.undo()
-    assert taken == [16, 16, 32]
+    assert asked == 2 * [(16, True), (16, True), (32, True), (32, True)]
     assert torch.equal(found[0][0], found[1][0])
     assert float(found[0][0].abs().max()) > 0
     assert_near(*found)
 
 
-def _noting(apply, taken):
-    def noted(spikes, *rest):
-        taken.append(spikes.shape[1])
-        return apply(spikes, *rest)
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32, eps=0))
+        self.activation = micelab.QuantClip(levels=4, theta=1.0)
 
-    return noted
+    def forward(self, x):
+        return self.activation(self.layers(x) + x)
+
+
+def on_few_bits():
+    """A network for T = 4 whose numbers have few bits, so that no current depends on the order of its sum."""
+    torch.manual_seed(4)
+    layers = []
+    for channels, outputs in ((1, 16), (16, 16), (16, 32)):
+        layers += [nn.Conv2d(channels, outputs, 3, 1 + (outputs > channels > 1), 1, bias=channels != 16)]
+        layers += [nn.BatchNorm2d(outputs, eps=0), micelab.QuantClip(levels=4, theta=1.0)]
+    net = prepare(nn.Sequential(*layers, Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)), 4).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if not name.endswith("log_theta"):
+                parameter.copy_((parameter * 64).round() / 64)
+    return net
 
 
 def test_convolutions_that_do_not_suit_are_dense(monkeypatch):

@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from micelab.network.spike_convolutions import WAYS, ByEvents, is_plain
+from micelab.network.spike_convolutions import WAYS, ByEvents, Spikes, is_plain
 from micelab.neuron.convolutions import packed, weight_gradient
 
 
-def suits(convolution: Any, spikes: Tensor) -> bool:
+def suits(convolution: Any, spikes: Tensor | Spikes) -> bool:
     """Whether this layer's convolution of these spikes is done spike by spike here.
 
     With a matrix unit, dense convolutions of bf16 are faster.
     """
-    if type(spikes) is not Tensor or spikes.dim() != 4 or spikes.dtype not in (torch.float32, torch.bfloat16):
+    plain = type(spikes) in (Tensor, Spikes) and len(spikes.shape) == 4
+    if not plain or spikes.dtype not in (torch.float32, torch.bfloat16):
         return False
-    dense = spikes.dtype == torch.bfloat16 and WAYS["bf16x3"].is_here(spikes.device.type)
-    return not dense and is_plain(convolution) and ByEvents.serves(convolution) and WAYS["events"].is_here(spikes.device.type)
+    device = spikes.device.type if isinstance(spikes, Tensor) else "cpu"
+    if not (is_plain(convolution) and ByEvents.serves(convolution) and WAYS["events"].is_here(device)):
+        return False
+    half = spikes.dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
+    return not (half and WAYS["bf16x3"].is_here(device))
 
 
 def convolve(convolution: Any, spikes: Tensor, theta: Tensor) -> Tensor:

@@ -23,10 +23,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from micelab.activation import straight_through
 from micelab.exceptions import ConversionError
 from micelab.graph.affine import BATCH_NORMS, is_size
-from micelab.graph.tracing import is_activation, read
+from micelab.graph.tracing import is_activation, module_of, read
+from micelab.joint import convolutions
 from micelab.joint.normed import StraightThrough, TakesAlong, fire_once
 from micelab.joint.plan import JointPass, Plan, scale_gradients
 from micelab.network.folded import TimeFolded, largest_layer
+from micelab.network.spike_convolutions import ByEvents, Due, Spikes
 from micelab.network.spiking import CACHE_BUDGET
 from micelab.neuron.firing import fire
 from micelab.neuron.layout import over_channels
@@ -91,6 +93,11 @@ class _Steps(TimeFolded):
         if n in self.plan.folded:  # its batch-norm comes next and takes it along
             return x
         before, (weight, bias) = self.plan.weighted.get(n), self.affine[n]
+        sender = source.all_input_nodes[0] if before is not None else source
+        if sender in self.over_time and is_activation(self.traced, sender) and convolutions.suits(before, x):
+            theta = module_of(self.traced, str(sender.target)).theta
+            return ByEvents(before, theta, (weight, bias)).due(x if isinstance(x, Spikes) else Spikes(x))
+        x = x.numbers if isinstance(x, Spikes) else x
         if before is None:
             return x * over_channels(weight, x) + over_channels(bias, x)
         return F.linear(x, weight, bias) if isinstance(before, nn.Linear) else before._conv_forward(x, weight, bias)
@@ -102,6 +109,12 @@ class _Steps(TimeFolded):
 
     def joins(self, module: Any) -> bool:
         return True
+
+    def _fire_with(self, due: Due, module: Any, plus: Tensor | Spikes | None = None) -> Spikes:
+        assert isinstance(due.convolution, ByEvents)
+        out, did = due.convolution.fire(due.spikes, module, self.steps, True, plus)
+        self.counts = did.count
+        return out
 
     def fire_sum(self, module: Any, first: Tensor, second: Tensor, out: Tensor) -> None:
         self._fire(module, first, out, second)

@@ -56,17 +56,19 @@ class Spikes:
 class SpikeConvolution(ABC):
     """A convolution of spikes of amplitude theta (scalar or [C]), as one way does it; made once for all images.
 
-    `weight` [rows, columns, C, out] holds theta; which layers it may be is told by `Way.suits`.
+    `weight` [rows, columns, C, out] holds theta; which layers it may be is told by `Way.suits`. `folded`: weight and bias in
+    place of the layer's own, with batch-norm in them.
     """
 
     fires = False
     """Whether the neurons that read the currents can be done with them."""
 
-    def __init__(self, convolution: Any, theta: Tensor):
-        theta = theta.to(convolution.weight.dtype)
-        weight = convolution.weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+    def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
+        own, bias = folded or (convolution.weight, convolution.bias)
+        theta = theta.to(own.dtype)
+        weight = own * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
         self.weight = weight.permute(2, 3, 1, 0).contiguous()
-        self.bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias
         self.stride, self.padding = convolution.stride[0], convolution.padding[0]
 
     @staticmethod
@@ -92,8 +94,8 @@ class ByEvents(SpikeConvolution):
 
     fires = True
 
-    def __init__(self, convolution: Any, theta: Tensor):
-        super().__init__(convolution, theta)
+    def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
+        super().__init__(convolution, theta, folded)
         sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
         self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding)
 
