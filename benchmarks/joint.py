@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import micelab
 from micelab.checkpoint import write_json
-from micelab.joint import SpikesInTheLoop, SpikesThroughTime, prepare
+from micelab.joint import SpikesInTheLoop, SpikesThroughTime, convolutions, prepare
 from micelab.machine import keep_memory, machine
 
 
@@ -47,7 +48,19 @@ def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
         for t in times:
             loop = kind(prepare(micelab.load(f"resnet20a-cifar10-mice-t{t}"), t).to(**layout)).train()
             found[f"{name} T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
+            if t == max(times):
+                found[f"{name} T={t}, dense"] = densely(found[f"{name} T={t}"])
     return found
+
+
+def densely(step: Callable[[], None]) -> Callable[[], None]:
+    """The same step without convolutions that follow the spikes."""
+
+    def run() -> None:
+        with patch.object(convolutions, "suits", lambda *_: False):
+            step()
+
+    return run
 
 
 def main() -> None:
@@ -72,7 +85,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: value / medians["quant_clip"] for name, value in medians.items()}
     for name, ratio in ratios.items():
-        print(f"{name:16s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
+        print(f"{name:24s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
     if options.out:
         words = {"command": shlex.join(["python", "benchmarks/joint.py", *sys.argv[1:]]), "machine": machine()}
         words |= {"batch_size": options.batch_size, "precision": options.precision, "repeat": options.repeat}

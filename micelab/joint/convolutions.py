@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
+from micelab.graph.tracing import is_activation, module_of
 from micelab.network.spike_convolutions import WAYS, ByEvents, Spikes, is_plain
 from micelab.neuron.convolutions import packed, weight_gradient
 
@@ -41,6 +42,14 @@ def convolve(convolution: Any, spikes: Tensor, theta: Tensor) -> Tensor:
     False
     """
     return cast(Tensor, _Convolution.apply(spikes, convolution.weight, convolution.bias, theta.detach(), convolution))
+
+
+def following(traced: fx.GraphModule, node: fx.Node, spikes: Any) -> Tensor | None:
+    """What the layer `node` gives, spike by spike, if it is a convolution that suits, of an activation; else None."""
+    source, layer = node.all_input_nodes[0], module_of(traced, str(node.target))
+    if not is_activation(traced, source) or not suits(layer, spikes):
+        return None
+    return convolve(layer, spikes, module_of(traced, str(source.target)).log_theta.exp())
 
 
 class _Convolution(torch.autograd.Function):

@@ -3,7 +3,7 @@
 One walk over the layers carries two values side by side: the currents and spikes of all T steps, without gradient, by the
 code that simulates (micelab.network), and their mean over time, with gradient, as in an ordinary ANN. A layer's mean
 output is the true rate phi = theta*n/T of its neurons; its gradient is that of Q at the mean current (`straight_through`).
-No back-propagation through time: an epoch costs about (T + 3)/3 of an ANN's. Batch-norm takes its statistics from the mean
+No back-propagation through time: an epoch costs at most (T + 3)/3 of an ANN's. Batch-norm takes its statistics from the mean
 current and is the same affine map at every step.
 
 Rates in the forward pass and an ANN's gradient in the backward pass: tandem learning (Wu et al., arXiv 1907.01167).
@@ -178,6 +178,8 @@ class _Mean(TakesAlong):
         self.waiting.clear()
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.time_steps == 1 and (out := convolutions.following(self.traced, self.node, args[0])) is not None:
+            return out  # the rates of one step are its spikes
         norm: Any = self.fetch_attr(target)
         if not isinstance(norm, BATCH_NORMS):
             return super().call_module(target, args, kwargs)

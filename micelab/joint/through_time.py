@@ -71,12 +71,8 @@ class _Steps(TakesAlong, TimeFolded):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch-norm that the neurons after it take along hands its input on to them; convolutions follow the spikes."""
-        source = self.node.args[0]
-        if source in self.over_time and is_activation(self.traced, cast(fx.Node, source)):
-            convolution = module_of(self.traced, target)
-            if convolutions.suits(convolution, args[0]):
-                theta = module_of(self.traced, str(cast(fx.Node, source).target)).log_theta.exp()
-                return convolutions.convolve(convolution, args[0], theta)
+        if self.node.args[0] in self.over_time and (out := convolutions.following(self.traced, self.node, args[0])) is not None:
+            return out
         timed = self.node in self.over_time or is_activation(self.traced, next(iter(self.node.users), self.node))
         norm = module_of(self.traced, target)
         if timed and isinstance(norm, BATCH_NORMS) and self.takes(norm, args[0], self.steps) is not None:
