@@ -1,6 +1,7 @@
-"""What a step of joint training costs, in steps of the plain ANN: network A, batch 128, alternating, medians of one run.
+"""What a step of joint training costs, in steps of the plain ANN: a shipped network, alternating, medians of one run.
 
     python benchmarks/joint.py --out data/results/benchmark-joint.json
+    python benchmarks/joint.py --kind C --batch-size 16  # the wide one, for the T that it is shipped for
 
 Networks are the shipped ones, on images of CIFAR-10: training through time follows the spikes, and they are a trained network's.
 Seconds are those of the process (CPU time where one thread is used), so that a busy machine disturbs the ratios less.
@@ -22,11 +23,12 @@ import torch
 
 import micelab
 from micelab.checkpoint import write_json
+from micelab.exceptions import CheckpointError
 from micelab.joint import SpikesInTheLoop, SpikesThroughTime, convolutions, prepare
 from micelab.machine import keep_memory, machine
 
 
-def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
+def steps(kind: str, batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
     """A forward and backward pass of each kind, without the optimizer: ReLU, quantized clip, and both joint ones at several T."""
     layout: Any = {"memory_format": torch.channels_last}
     images, _ = next(micelab.load_data("cifar10").train.batches(batch_size))
@@ -41,16 +43,27 @@ def steps(batch_size: int, precision: str) -> dict[str, Callable[[], None]]:
         return run
 
     found = {}
-    for activation in ("relu", "quant_clip"):
-        ann = micelab.load(f"resnet20a-cifar10-{activation}".replace("quant_clip", "qcfs")).to(**layout).train()
-        found[activation] = step(ann, lambda ann=ann: ann(images))
-    for kind, name, times in ((SpikesInTheLoop, "joint", (1, 2, 4, 8)), (SpikesThroughTime, "through time", (1, 2, 4, 8))):
-        for t in times:
-            loop = kind(prepare(micelab.load(f"resnet20a-cifar10-mice-t{t}"), t).to(**layout)).train()
+    for activation, name in (("relu", "relu"), ("quant_clip", "qcfs")):
+        if (ann := shipped(kind, name)) is not None:
+            ann = ann.to(**layout).train()
+            found[activation] = step(ann, lambda ann=ann: ann(images))
+    for gradient, name in ((SpikesInTheLoop, "joint"), (SpikesThroughTime, "through time")):
+        for t in (1, 2, 4, 8):
+            if (ann := shipped(kind, f"mice-t{t}")) is None:
+                continue
+            loop = gradient(prepare(ann, t).to(**layout)).train()
             found[f"{name} T={t}"] = step(loop, lambda loop=loop, t=t: loop(images, t).logits)
-            if t == max(times):
+            if t == 8:
                 found[f"{name} T={t}, dense"] = densely(found[f"{name} T={t}"])
     return found
+
+
+def shipped(kind: str, name: str) -> Any:
+    """The network of this kind for CIFAR-10, or None where it is not shipped."""
+    try:
+        return micelab.load(f"resnet20{kind.lower()}-cifar10-{name}")
+    except CheckpointError:
+        return None
 
 
 def densely(step: Callable[[], None]) -> Callable[[], None]:
@@ -65,6 +78,7 @@ def densely(step: Callable[[], None]) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default="A", choices=["A", "C"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
@@ -74,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_memory()  # as `micelab train` does
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    kinds = steps(options.batch_size, options.precision)
+    kinds = steps(options.kind, options.batch_size, options.precision)
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(options.repeat + 1):
         for name, run in kinds.items():
@@ -88,7 +102,12 @@ def main() -> None:
         print(f"{name:24s} {medians[name]:.3f} s, {ratio:.2f} of the quantized ANN's step")
     if options.out:
         words = {"command": shlex.join(["python", "benchmarks/joint.py", *sys.argv[1:]]), "machine": machine()}
-        words |= {"batch_size": options.batch_size, "precision": options.precision, "repeat": options.repeat}
+        words |= {
+            "kind": options.kind,
+            "batch_size": options.batch_size,
+            "precision": options.precision,
+            "repeat": options.repeat,
+        }
         words |= {"seconds": medians, "ratio_to_quant_clip": ratios}
         write_json(options.out, words)
 
