@@ -13,8 +13,9 @@
 #endif
 
 #define GROUP 8
-/* places of images that are done together: fewer, and a channel has too few spikes for its sums to stay in registers */
-#define TOGETHER 1024
+/* places of small images that are done together: fewer, and a channel has too few spikes for its sums to stay in registers; more,
+   and the gradients that they see do not stay in the first cache */
+#define TOGETHER 512
 
 /* spikes [images][height][width][eights of channels]; grad [images][high][wide][outputs] */
 typedef struct {
@@ -139,12 +140,14 @@ int weight_gradient(const uint8_t *spikes, const void *grad, float *weights, int
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *laid = calloc(together * places * LANES, sizeof *laid);
+        float *laid = aligned_alloc(4 * LANES, together * places * LANES * sizeof *laid); /* else each line is read as two */
         int32_t *lists = malloc(channels * room * sizeof *lists);
         int64_t *found = malloc(channels * sizeof *found);
         if (!laid || !lists || !found) {
 #pragma omp atomic write
             failed = 1;
+        } else {
+            memset(laid, 0, together * places * LANES * sizeof *laid);
         }
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < threads; part++) {
