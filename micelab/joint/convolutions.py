@@ -56,7 +56,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spikes: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, convolution: Any) -> Tensor:
         bits = packed(spikes)
-        ctx.convolution, ctx.shape = convolution, spikes.shape
+        ctx.convolution = convolution
         ctx.sparse = convolution.stride == (1, 1) and convolution.kernel_size in ((1, 1), (3, 3))
         ctx.sparse = ctx.sparse and convolution.padding[0] < convolution.kernel_size[0]
         ctx.save_for_backward(bits if ctx.sparse else spikes, weight, bias, theta)
