@@ -226,11 +226,13 @@ class NoisyQuantClip(QuantClip):
 def clipping_bound(activation: nn.Module) -> Tensor | None:
     """theta of an activation that clips at a bound, trained or fixed (nn.ReLU6, nn.Hardtanh), scalar or [C]; None of others.
 
+    A bound of infinity is none.
+
     >>> clipping_bound(nn.ReLU6()), clipping_bound(nn.ReLU())
     (tensor(6.), None)
     """
     if isinstance(activation, nn.Hardtanh):
-        return torch.tensor(float(activation.max_val))
+        return torch.tensor(float(activation.max_val)) if activation.max_val < torch.inf else None
     return activation.theta.detach() if isinstance(activation, TrainableClip) else None
 
 

@@ -88,6 +88,8 @@ def convert(
         theta = chosen.theta(methods.Observation(name, activation, samples, highest, time_steps, percentile, begin))
         if chosen.calibrates:
             theta = torch.where((theta > 0) & (highest > 0), theta, highest.max())  # a silent channel gets the layer's largest
+            if (bound := clipping_bound(activation)) is not None:  # and none more than its own clip
+                theta = torch.minimum(theta, bound.to(theta))
         theta = theta.reshape(()) if theta.numel() == 1 else theta
         return chosen.neuron(theta, begin, chosen.signed if signed is None else signed, layer=name)
 

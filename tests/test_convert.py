@@ -158,6 +158,26 @@ def test_no_threshold_is_above_the_bound_of_a_clip_and_long_simulations_reach_th
     assert float((logits - expected).abs().max() / expected.abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("method", ["max", "percentile", "mse", "calibrated"])
+def test_no_threshold_of_a_channel_is_above_its_own_clip(method, per_channel):
+    ann = network()
+    ann.stem[2] = TrainableClip(1.0, channels=16)
+    ann.stem[2].log_theta.data.copy_(torch.linspace(-2, 1, 16))
+    ann.stem[1].bias.data[0] = -100  # a silent channel, which gets the largest of its layer
+    theta = convert(ann, method, IMAGES, per_channel=per_channel).neurons["stem.2"].theta
+    bound = ann.stem[2].theta.detach()
+    assert bool((theta <= bound * (1 + 1e-6)).all())
+    assert theta[0] == bound[0]
+
+
+def test_a_clip_at_infinity_is_none():
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Hardtanh(0, float("inf")), nn.Flatten(), nn.Linear(144, 3))
+    assert convert(ann, "max", IMAGES).neurons["1"].theta > 0
+    with pytest.raises(ConversionError, match=r"layer `1` is nn.Hardtanh and has no trained bound"):
+        convert(ann, "tcl")
+
+
 def test_the_six_of_relu6_is_the_threshold_and_counts_as_a_clip_of_training():
     ann = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 3), nn.Hardtanh(0, 2.5)).double()
     snn = convert(ann, "tcl")
@@ -289,6 +309,7 @@ FIRST = {
     "convolution": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     "norm": lambda: nn.Sequential(nn.Identity(), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()),
     "pool": lambda: nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2), nn.ReLU()),
+    "padding": lambda: nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3), nn.ReLU()),
     "normalize": lambda: nn.Sequential(micelab.models.Normalize([0.5] * 3, [0.25] * 3), nn.Conv2d(3, 4, 3), nn.ReLU()),
 }
 
@@ -310,6 +331,12 @@ def test_one_image_is_told_to_become_a_batch_by_whatever_layer_it_comes_to(kind)
             call()
     assert micelab.checkup(ann, one).problems[0].remedy == "give one image as image[None]"
     assert snn(one[None]).shape[0] == 1
+
+
+def test_where_the_first_layer_does_not_tell_one_image_is_asked_about():
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU()).eval()
+    with pytest.raises(InputError, match=r"layer `1` cannot take .*; is this one image \[C, H, W\]\? Give it as image\[None\]"):
+        convert(ann, "max", torch.rand(3, 8, 8))
 
 
 @pytest.mark.parametrize(

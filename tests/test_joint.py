@@ -313,6 +313,8 @@ def test_joint_training_goes_on_from_joint_training_with_its_starts(stage1):
 def test_a_network_without_trained_bounds_names_the_layer_and_the_remedy():
     with pytest.raises(ConversionError, match=r"layer `stem\.2` is nn\.ReLU and has no trained bound: train stage 1 first"):
         prepare(micelab.small_cnn(activation="relu"))
+    with pytest.raises(ConversionError, match=r"layer `1` is nn\.ReLU6 and has no trained bound: train stage 1 first"):
+        prepare(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(144, 10)))
     with pytest.raises(ConversionError, match=r"`stem\.2` is QuantClip and has no trained initial potential"):
         micelab.convert(micelab.small_cnn(activation="quant_clip"), "mice")
 

@@ -1,6 +1,7 @@
 """The gradient of every spike: against automatic differentiation, in the compiled kernel and in the loop, and in networks."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -226,6 +227,68 @@ def on_few_bits():
             if not name.endswith("log_theta"):
                 parameter.copy_((parameter * 64).round() / 64)
     return net
+
+
+@pytest.mark.parametrize("more", [["conv", "norm"], ["norm"], ["conv"]], ids=" ".join)
+@pytest.mark.parametrize("kind", [SpikesThroughTime, SpikesInTheLoop])
+def test_layers_may_follow_each_other_without_neurons_between(kind, more):
+    torch.manual_seed(5)
+    made = {"conv": lambda: nn.Conv2d(32, 32, 1, bias=False), "norm": lambda: nn.BatchNorm2d(32)}
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)]
+    first = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), micelab.QuantClip(4, 1.0), made["conv"](), made["norm"]()]
+    net = prepare(nn.Sequential(*first, *(made[layer]() for layer in more), micelab.QuantClip(4, 1.0), *head), 2).train()
+    images, found, before = torch.rand(4, 3, 8, 10), [], copy.deepcopy(net.state_dict())
+    for follows in (True, False):
+        net.load_state_dict(before)
+        net.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            if not follows:
+                patch.setattr(convolutions, "suits", lambda *_: False)
+            logits, _ = kind(net)(images, 2)
+            logits.square().sum().backward()
+        found.append(logits.detach())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02)  # spikes flip
+
+
+class Branches(nn.Module):
+    """A sum of what follows the spikes, whose channels come last in memory, and a dilated convolution, where they do not."""
+
+    def __init__(self):
+        super().__init__()
+        for name, layer in (("dilated", nn.Conv2d(32, 64, 3, padding=2, dilation=2)), ("again", nn.Conv2d(64, 64, 3, padding=1))):
+            self.add_module(name, layer)
+        self.stem, self.aside = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=2, dilation=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(64) for _ in range(3))
+        self.activations = nn.ModuleList(micelab.QuantClip(4, 1.0) for _ in range(3))
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.activations[0](self.stem(x))
+        main = self.norms[1](self.again(self.activations[1](self.norms[0](self.dilated(x)))))
+        return self.head(self.activations[2](main + self.norms[2](self.aside(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", [SpikesThroughTime, SpikesInTheLoop])
+def test_one_image_has_the_gradient_of_a_batch(kind, steps):
+    """torch's batch-norm gives others where the batch of one has a stride that no batch has."""
+    torch.manual_seed(0)
+    net = prepare(Branches().eval(), steps).eval()
+    kind(net)(torch.rand(1, 3, 8, 8), steps)[0].square().sum().backward()
+    torch.testing.assert_close(net.norms[1].bias.grad, net.norms[2].bias.grad)
+    assert float(net.norms[1].bias.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("kind", [SpikesThroughTime, SpikesInTheLoop])
+def test_a_copy_of_a_pass_is_one_of_its_own_network(kind):
+    torch.manual_seed(0)
+    whole = kind(prepare(micelab.small_cnn(activation="quant_clip"), 4).eval()).eval()
+    images = torch.rand(4, 1, 8, 8)
+    expected = whole(images, 4)[0]
+    for other in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert torch.equal(other(images, 4)[0], expected)
+        assert not other.training
+        assert other.model is not whole.model
 
 
 def test_convolutions_that_do_not_suit_are_dense(monkeypatch):

@@ -23,6 +23,7 @@ class LayerRunner(fx.Interpreter):
         super().__init__(traced, garbage_collect_values=True)
         self.traced = traced
         self.extra_traceback = False
+        self._hint = ""
 
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         """What the activation `name` gives back for its input z; here the module's own value."""
@@ -34,6 +35,7 @@ class LayerRunner(fx.Interpreter):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(args[0], Tensor):
             check_batch(self.traced, args[0])
+        self._hint = "; is this one image [C, H, W]? Give it as image[None]" if getattr(args[0], "ndim", 4) == 3 else ""
         with full_precision(args[0].device if isinstance(args[0], Tensor) else torch.device("cpu")):
             return super().run(*args, **kwargs)
 
@@ -49,12 +51,12 @@ class LayerRunner(fx.Interpreter):
             if isinstance(error, RuntimeError) and ran_out(error):
                 raise
             raise InputError(
-                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}"
+                f"layer `{call_name(n)}` cannot take input of shape {self._shapes(n)}: {first_line(error)}{self._hint}"
             ) from error
         if isinstance(out, Tensor) and n.op != "placeholder" and out.shape[:1] != self._inputs(n)[0].shape[:1]:
             raise InputError(
                 f"layer `{call_name(n)}` mixes the images of a batch: {self._shapes(n)} in, {tuple(out.shape)} out; "
-                f"keep dimension 0 as it is"
+                f"keep dimension 0 as it is{self._hint}"
             )
         return out
 

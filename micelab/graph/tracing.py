@@ -214,7 +214,7 @@ def _check_single(node: fx.Node) -> None:
 def _out_of_place(activation: nn.Module) -> nn.Module:
     """A copy of an activation that does not write into its input."""
     if isinstance(activation, nn.Hardtanh):
-        return nn.Hardtanh(0, activation.max_val)
+        return nn.ReLU6() if isinstance(activation, nn.ReLU6) else nn.Hardtanh(0, activation.max_val)
     return nn.ReLU() if isinstance(activation, nn.ReLU) else copy.deepcopy(activation)
 
 

@@ -54,6 +54,10 @@ class SpikesInTheLoop(nn.Module):
         self._plan = Plan(read(model))
         self._largest: dict[tuple[int, ...], int] = {}
 
+    def __reduce__(self) -> Any:
+        """A copy reads its own model: the plan knows the layers of this one."""
+        return type(self), (self.model,), {"training": self.training}
+
     def forward(self, images: Tensor, time_steps: int, penalize: bool = False) -> JointPass:
         """Images [N, C, H, W] in [0, 1] through T = `time_steps` steps; the penalty is 0 unless asked for."""
         mean = _Mean(self._plan, time_steps, self._chunk(images, time_steps), penalize)
@@ -90,6 +94,8 @@ class _Steps(TimeFolded):
         if source in self.over_time:
             self.over_time.add(n)
         x = self.env[source]
+        if isinstance(x, Due):
+            x = self.env[source] = x.currents()
         if n in self.plan.folded:  # its batch-norm comes next and takes it along
             return x
         before, (weight, bias) = self.plan.weighted.get(n), self.affine[n]

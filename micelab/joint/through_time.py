@@ -44,6 +44,10 @@ class SpikesThroughTime(nn.Module):
         self.model = model
         self._plan = Plan(read(model))
 
+    def __reduce__(self) -> Any:
+        """A copy reads its own model: the plan knows the layers of this one."""
+        return type(self), (self.model,), {"training": self.training}
+
     def forward(self, images: Tensor, time_steps: int, penalize: bool = False) -> JointPass:
         """Images [N, C, H, W] in [0, 1] through T = `time_steps` steps; the penalty is 0: a configuration that asks for one
         together with this gradient is refused."""
@@ -82,7 +86,8 @@ class _Steps(TakesAlong, TimeFolded):
     def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
         log_theta, v0 = scale_gradients(module, z)
         if self.node not in self.taken:
-            return spikes_through_time(self.current(z), log_theta, v0).flatten(0, 1)
+            spikes = spikes_through_time(self.current(z), log_theta, v0)
+            return spikes.flatten(0, 1) if self.steps > 1 else spikes[0]
         norm, plus = self.taken.pop(self.node)
         constant = self.node.all_input_nodes[0] not in self.over_time
         return cast(Tensor, ThroughTime.apply(z, plus, log_theta, v0, self.steps, constant, *norm))

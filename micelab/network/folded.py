@@ -190,7 +190,7 @@ class TimeFolded(LayerRunner):
     def current(self, z: Tensor) -> Tensor:
         """The input z of the activation at hand as currents [steps, n, ...]; where they are constant, without copies."""
         if self.node.all_input_nodes[0] in self.over_time:
-            return z.unflatten(0, (self.steps, self.images))
+            return z.unflatten(0, (self.steps, self.images)) if self.steps > 1 else z[None]  # of one image it keeps its strides
         return z.expand(self.steps, *z.shape)
 
     def is_room(self, source: fx.Node) -> bool:
