@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from micelab.graph.tracing import is_activation, module_of
 from micelab.network.spike_convolutions import WAYS, ByEvents, Spikes, is_plain
 from micelab.neuron.convolutions import packed, weight_gradient
+from micelab.neuron.layout import over_channels
 
 
 def suits(convolution: Any, spikes: Tensor | Spikes) -> bool:
@@ -73,6 +74,6 @@ class _Convolution(torch.autograd.Function):
             return of_spikes, of_weight.to(weight.dtype), of_bias, None, None
         channels, side = weight.shape[1:3]
         of_weight = weight_gradient(spikes, grad, channels, side, padding[0]).permute(3, 2, 0, 1)
-        of_weight = of_weight * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+        of_weight = of_weight * over_channels(theta, of_weight)
         turned = weights.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         return F.conv2d(grad, turned, padding=side - 1 - padding[0]), of_weight, of_bias, None, None

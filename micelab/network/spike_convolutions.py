@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from micelab.neuron import compiled
 from micelab.neuron.convolutions import EventLayer, convolve_by_matrix, convolved_shape, packed, sums_of_sets, unpacked
 from micelab.neuron.firing import Firing, IntegrateFire
+from micelab.neuron.layout import over_channels
 
 
 class Spikes:
@@ -65,8 +66,7 @@ class SpikeConvolution(ABC):
 
     def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
         own, bias = folded or (convolution.weight, convolution.bias)
-        theta = theta.to(own.dtype)
-        weight = own * (theta if theta.dim() == 0 else theta.view(1, -1, 1, 1))
+        weight = own * over_channels(theta, own)
         self.weight = weight.permute(2, 3, 1, 0).contiguous()
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias
         self.stride, self.padding = convolution.stride[0], convolution.padding[0]
