@@ -6,7 +6,7 @@ from torchvision.transforms import v2
 
 from micelab.data import Split, to_float
 from micelab.exceptions import InputError
-from micelab.train.augment import augmentation, crop_flip_cutout, cutout_side, draw_places, padding_for
+from micelab.train.augment import augmentation, crop_flip_cutout, cutout_side, draw_places, padding_for, small_side
 from micelab.train.batches import DeviceBatches, TrainingBatches, training_batches
 
 
@@ -94,6 +94,32 @@ def test_images_come_in_the_order_of_the_cpus_batches_and_processes_share_them()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
     plain = next(iter(DeviceBatches(split, 8, "none", 3, device="cpu").epoch(0)))
     assert torch.equal(plain[0], to_float(split.images[plain[1]]))
+
+
+@pytest.mark.parametrize("kind", [TrainingBatches, DeviceBatches])
+@pytest.mark.parametrize("augment", ["standard", "cutout"])
+def test_the_first_epochs_may_see_smaller_pieces_of_the_whole_padded_image(kind, augment):
+    split = some()
+    options = {"device": "cpu"} if kind is DeviceBatches else {}
+    batches, plain = (kind(split, 8, augment, 3, flip=False, small_epochs=small, **options) for small in (2, 0))
+    size = split.images.shape[-1]
+    for epoch, side in ((0, small_side(size)), (1, small_side(size)), (2, size)):
+        for (images, labels), (others, wanted) in zip(batches.epoch(epoch), plain.epoch(epoch), strict=True):
+            assert torch.equal(labels, wanted)
+            assert images.shape == (8, *split.images.shape[1:-2], side, side)
+            assert torch.equal(images, others) == (side == size)
+    if augment == "standard":  # every piece is one of its image, and all places come up
+        found = set()
+        for epoch in range(2):
+            order = batches.order(epoch)
+            for step, (images, _) in enumerate(batches.epoch(epoch)):
+                for image, number in zip(images, batches.part(order, step), strict=True):
+                    places = to_float(batches.images[number][None])[0].unfold(1, side := small_side(size), 1).unfold(2, side, 1)
+                    hits = (places == image[:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+                    assert hits
+                    found |= {tuple(hit) for hit in hits if len(hits) == 1}
+        assert len(found) > 10
+        assert max(max(place) for place in found) > 2 * padding_for(size)
 
 
 def test_the_cpu_and_autoaugment_keep_torchvisions_transforms():

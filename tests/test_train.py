@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import micelab
 from micelab import checkpoint, joint, train
@@ -17,7 +18,7 @@ from micelab.data import Split, load_data
 from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.models import resnet20, small_cnn
 from micelab.train import TrainConfig, recipe, remake
-from micelab.train.recipe import ThroughTimeConfig
+from micelab.train.recipe import JointConfig, ThroughTimeConfig
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
 OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
@@ -227,6 +228,19 @@ def test_the_rate_climbs_then_falls_to_zero(tmp_path, digits, monkeypatch):
 
 
 # What goes wrong
+
+
+def test_smaller_crops_are_for_networks_and_augmentations_that_take_them(tmp_path, digits):
+    net = train.train(TrainConfig(**SMALL | {"small_crops": 0.5}), tmp_path / "run", digits)
+    assert net(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert [JointConfig(epochs=5, small_crops=share).small_epochs for share in (0, 0.4, 1)] == [0, 2, 5]
+    for options in ({"small_crops": 1.2}, {"small_crops": 0.5, "augment": "none"}):
+        with pytest.raises(InputError, match=r"--small-crops is .*: give a share from 0 to 1, and an --augment that crops"):
+            TrainConfig(**options)
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), micelab.QuantClip(4), nn.Flatten(), nn.Linear(144, 10))
+    with pytest.raises(InputError, match=r"--small-crops 0.5: the network takes no images of 6 x 6; leave it out, or end"):
+        joint.train(JointConfig(epochs=2, small_crops=0.5, batch_size=64), tmp_path / "own", digits, model=ann)
+    assert not (tmp_path / "own" / "state.safetensors").exists()
 
 
 def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):

@@ -51,6 +51,10 @@ def train(
     augment: Annotated[
         str | None, typer.Option(help="none, standard (crop, flip) [that], cutout, or auto (AutoAugment too).")
     ] = None,
+    small_crops: Annotated[
+        float | None,
+        typer.Option(help="Share of the epochs, from the first, that see crops of 3/4 of the side, at half the cost [0]."),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
     time_steps: Annotated[
@@ -94,7 +98,7 @@ def train(
     common = {"precision": default_precision() if precision == "auto" else precision}
     common |= _given(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
     common |= _given(theta_lr=theta_lr, warmup_epochs=warmup_epochs, label_smoothing=label_smoothing)
-    common |= _given(augment=augment, start=start, storage=storage)
+    common |= _given(augment=augment, small_crops=small_crops, start=start, storage=storage)
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
     first |= {"compile": True} if compile else {}
     second = _given(

@@ -15,24 +15,34 @@ from torch import Tensor, nn
 
 from micelab.data import Split, to_float
 from micelab.exceptions import InputError
-from micelab.train.augment import Augmentation, augmentation, crop_flip_cutout, draw_places, padding_for
+from micelab.train.augment import Augmentation, augmentation, crop_flip_cutout, draw_places, padding_for, small_side
 
 
 class TrainingBatches:
     """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
 
-    Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`.
+    Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`. The first `small_epochs`
+    see smaller crops (`small_side`).
     """
 
     def __init__(
-        self, split: Split, batch_size: int, augment: Augmentation, seed: int, flip: bool = True, rank: int = 0, world: int = 1
+        self,
+        split: Split,
+        batch_size: int,
+        augment: Augmentation,
+        seed: int,
+        flip: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        small_epochs: int = 0,
     ):
         if batch_size % world or not 1 <= batch_size <= len(split):
             raise InputError(
                 f"batch size {batch_size} must be a multiple of the {world} processes, at most the {len(split)} training images"
             )
         size = split.images.shape[-1]
-        self.transform = augmentation(augment, size, flip)
+        self.transform, self.small = (augmentation(augment, side, flip) for side in (size, small_side(size)))
+        self.small_epochs = small_epochs
         self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
         self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
 
@@ -45,12 +55,12 @@ class TrainingBatches:
         for step in range(first_step, len(self)):
             torch.manual_seed(mix(self.seed, epoch, step, self.rank))
             picked = self.part(order, step)
-            yield to_float(self.augmented(picked)), self.labels[picked]
+            yield to_float(self.augmented(picked, epoch < self.small_epochs)), self.labels[picked]
 
-    def augmented(self, picked: Tensor) -> Tensor:
-        """The training images of these numbers [n], each changed by chance, uint8 [n, C, H, W]."""
-        images = self.images[picked]
-        return images if self.transform is None else torch.stack([self.transform(image) for image in images])
+    def augmented(self, picked: Tensor, small: bool = False) -> Tensor:
+        """The training images of these numbers [n], each changed by chance, uint8 [n, C, H, W], or, `small`, of smaller side."""
+        images, transform = self.images[picked], self.small if small else self.transform
+        return images if transform is None else torch.stack([transform(image) for image in images])
 
     def order(self, epoch: int) -> Tensor:
         """The training images' numbers in the order of `epoch`, [N], on the CPU."""
@@ -73,20 +83,22 @@ class DeviceBatches(TrainingBatches):
         flip: bool = True,
         rank: int = 0,
         world: int = 1,
+        small_epochs: int = 0,
         device: torch.device | str = "cuda",
     ):
         if augment == "auto":
             raise InputError("augmentation 'auto' works image by image, on the CPU: use TrainingBatches")
-        super().__init__(split, batch_size, augment, seed, flip, rank, world)
+        super().__init__(split, batch_size, augment, seed, flip, rank, world, small_epochs)
         self.size, self.flip, self.cutout = split.images.shape[-1], flip, augment == "cutout"
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
-    def augmented(self, picked: Tensor) -> Tensor:
+    def augmented(self, picked: Tensor, small: bool = False) -> Tensor:
         """As in `TrainingBatches`, the whole batch at once."""
         if self.transform is None:
             return self.images[picked]
-        places = draw_places(len(picked), self.size, self.flip, self.cutout)
-        return crop_flip_cutout(self.images, picked, places.to(self.images.device), self.size)
+        size = small_side(self.size) if small else self.size
+        places = draw_places(len(picked), size, self.flip, self.cutout, padded=self.images.shape[-1])
+        return crop_flip_cutout(self.images, picked, places.to(self.images.device), size)
 
 
 def training_batches(
@@ -97,12 +109,13 @@ def training_batches(
     flip: bool = True,
     rank: int = 0,
     world: int = 1,
+    small_epochs: int = 0,
     device: torch.device | str = "cpu",
 ) -> TrainingBatches:
     """Batches for training on `device`: made there on CUDA (save "auto"), else on the CPU by torchvision's transforms."""
     if torch.device(device).type == "cuda" and augment != "auto":
-        return DeviceBatches(split, batch_size, augment, seed, flip, rank, world, device)
-    return TrainingBatches(split, batch_size, augment, seed, flip, rank, world)
+        return DeviceBatches(split, batch_size, augment, seed, flip, rank, world, small_epochs, device)
+    return TrainingBatches(split, batch_size, augment, seed, flip, rank, world, small_epochs)
 
 
 def mix(*numbers: int) -> int:

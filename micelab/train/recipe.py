@@ -19,7 +19,8 @@ class Recipe:
     """What both stages share: data, schedule (linear warm-up, then a cosine to zero), seed, precision, where to start.
 
     `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only; `storage`:
-    numbers of the file that the final network is written to, and those that its accuracies are measured with.
+    numbers of the file that the final network is written to, and those that its accuracies are measured with; `small_crops`:
+    share of the epochs, from the first on, that see crops of three quarters of the side, at about half of the cost.
     """
 
     dataset: str = "digits"
@@ -31,6 +32,7 @@ class Recipe:
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
     augment: Augmentation = "standard"
+    small_crops: float = 0.0
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "fp32"
     start: str | None = None
@@ -40,6 +42,11 @@ class Recipe:
         for name, (good, wanted) in self.ranges().items():
             if not good:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range: give {wanted}")
+
+    @property
+    def small_epochs(self) -> int:
+        """How many epochs see smaller crops."""
+        return round(self.small_crops * self.epochs)
 
     def ranges(self) -> dict[str, tuple[bool, str]]:
         """Of each option: whether it lies in its range, and that range in words."""
@@ -51,6 +58,10 @@ class Recipe:
             "theta_lr": (0 <= self.theta_lr < math.inf, "at least 0"),
             "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0, less than 1"),
+            "small_crops": (
+                0 <= self.small_crops <= 1 and not (self.small_crops and self.augment == "none"),
+                "a share from 0 to 1, and an --augment that crops",
+            ),
             "seed": (self.seed >= 0, "at least 0"),
             "precision": (self.precision in ("bf16", "fp32"), "bf16 or fp32"),
             "storage": (self.storage in ("fp32", "fp16"), "fp32 or fp16"),

@@ -28,6 +28,7 @@ from micelab.exceptions import InputError, TrainingError
 from micelab.machine import compiled, has_bf16, ran_out
 from micelab.train import card, state
 from micelab.train.answers import accuracy
+from micelab.train.augment import small_side
 from micelab.train.batches import training_batches
 from micelab.train.noise import measure_noise
 from micelab.train.recipe import Recipe, TrainConfig
@@ -112,15 +113,30 @@ class Run:
             flip=data.name != "digits",
             rank=accelerator.process_index,
             world=accelerator.num_processes,
+            small_epochs=config.small_epochs,
             device=accelerator.device,
         )
         self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
+        if config.small_epochs:
+            self._try_small(data.train.images[:1])
         self.optimizer = self.make_optimizer(_groups(self.model, config))
         self.forward = self.make_forward()
         if config.precision == "bf16" and not has_bf16(str(accelerator.device)):
             log.warning("--precision bf16: %s only emulates it, which is slow; fp32 would be faster", accelerator.device)
         self.epoch, self.step, self.sums, self.seconds = 0, 0, [0.0, 0.0, 0.0], 0.0
         self.changed = False  # after the last epoch
+
+    def _try_small(self, images: Tensor) -> None:
+        """Raises InputError where the network does not take crops of these images."""
+        side = small_side(images.shape[-1])
+        try:
+            with torch.no_grad():
+                self.model.eval()(to_float(images[..., :side, :side]).to(self.accelerator.device))
+        except RuntimeError as error:
+            raise InputError(
+                f"--small-crops {self.config.small_crops:g}: the network takes no images of {side} x {side}; leave it out, or "
+                "end the network's convolutions with nn.AdaptiveAvgPool2d(1)"
+            ) from error
 
     def make_model(self) -> nn.Module:
         """The network to train."""
