@@ -251,6 +251,21 @@ def test_convolutions_of_other_kinds_do_not_suit(options, wide):
         assert not way.suits(nn.Conv2d(32, 32, 3), None)
 
 
+@pytest.mark.parametrize("name", EITHER)
+def test_a_layer_that_someone_watches_is_called(name, wide):
+    expected, seen = wide.simulate(images := torch.rand(2, 3, 32, 32), 4, precision=name).logits, []
+    layer = next(module for where, module in wide.layers.named_modules() if isinstance(module, nn.Conv2d) and "1" in where)
+    handle = layer.register_forward_hook(lambda _, spikes, out: seen.append((spikes[0].shape, out)))
+    try:
+        assert torch.allclose(wide.simulate(images, 4, precision=name).logits, expected, atol=1e-4)
+        ((shape, current),) = seen
+        assert shape[0] == len(current) == 8
+    finally:
+        handle.remove()
+    wide.simulate(images, 4, precision=name)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [

@@ -291,6 +291,20 @@ def test_a_copy_of_a_pass_is_one_of_its_own_network(kind):
         assert other.model is not whole.model
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps", "watched"), [(SpikesThroughTime, 2, nn.Conv2d | nn.BatchNorm2d), (SpikesInTheLoop, 1, nn.Conv2d)]
+)
+def test_layers_that_someone_watches_are_called(kind, steps, watched):
+    torch.manual_seed(0)
+    model, seen = prepare(micelab.small_cnn(activation="quant_clip", width=16), 4).train(), []
+    layers = [layer for layer in model.modules() if isinstance(layer, watched)]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer))
+        layer.register_full_backward_pre_hook(lambda layer, *_: seen.append(layer))
+    kind(model)(torch.rand(4, 1, 8, 8), steps)[0].sum().backward()
+    assert [sum(each is layer for each in seen) for layer in layers] == [2] * len(layers)
+
+
 def test_convolutions_that_do_not_suit_are_dense(monkeypatch):
     if compiled.shared_library() is None:
         pytest.skip("no C compiler is here")

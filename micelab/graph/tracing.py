@@ -148,6 +148,12 @@ def depth(traced: fx.GraphModule) -> int:
 _NEURONS = (*ACTIVATIONS, IntegrateFire)
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether someone watches what goes through this layer, forward or backward: then it is to be called itself."""
+    kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(kinds)
+
+
 def is_activation(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation of the ANN or, after conversion, a layer of neurons.
 

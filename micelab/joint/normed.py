@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from micelab.graph.runner import LayerRunner
-from micelab.graph.tracing import is_activation, module_of
+from micelab.graph.tracing import is_activation, is_hooked, module_of
 from micelab.joint.plan import Plan
 from micelab.neuron.normed import Gradient, NormedNeurons
 
@@ -42,7 +42,7 @@ def statistics(norm: Any, z: Tensor) -> tuple[Norm, Tensor]:
 def suits(norm: Any, neurons: Any, z: Tensor, steps: int) -> bool:
     """Whether these neurons can take this batch-norm along, by T = `steps` steps, for its input z."""
     plain = norm.training and norm.affine and norm.running_mean is not None and not isinstance(norm, nn.SyncBatchNorm)
-    return plain and neurons.log_theta.numel() == 1 and NormedNeurons.suits(z, steps)
+    return plain and not is_hooked(norm) and neurons.log_theta.numel() == 1 and NormedNeurons.suits(z, steps)
 
 
 class TakesAlong(LayerRunner):

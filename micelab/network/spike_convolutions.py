@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from micelab.graph.tracing import is_hooked
 from micelab.neuron import compiled
 from micelab.neuron.convolutions import EventLayer, convolve_by_matrix, convolved_shape, packed, sums_of_sets, unpacked
 from micelab.neuron.firing import Firing, IntegrateFire
@@ -168,8 +169,9 @@ class Way:
 
 
 def is_plain(convolution: Any) -> bool:
-    """Whether it is one of two dimensions in fp32 without groups, dilation, or other edges than zeros, and as wide as high."""
-    if type(convolution) is not nn.Conv2d:
+    """Whether it is one of two dimensions in fp32 without groups, dilation, or other edges than zeros, and as wide as high, and
+    has no hooks, which only a layer's own call runs."""
+    if type(convolution) is not nn.Conv2d or is_hooked(convolution):
         return False
     square = all(isinstance(size, tuple) and size[0] == size[1] for size in (convolution.stride, convolution.padding))
     whole = convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding_mode == "zeros"
