@@ -123,7 +123,7 @@ class SpikingNetwork(nn.Module):
         by default as many as fit the device budget, or, on a CPU, as many as were fastest in the first chunks. Where the device
         runs out of memory the chunk is halved, and stays so.
         `precision`: "fp32", "events" and "bf16x3" are of the same products, "auto" is the faster of the first two, "bf16" and
-        "int8" are fast modes of other numbers (`Precision`): where the device lacks one the log says so once, and fp32 is used.
+        "int8" are fast modes of other numbers (`Precision`): where the device lacks one the log says so once, and "auto" is used.
         """
         time_steps = self._steps(time_steps)
         images, used = self._check(images, time_steps), self.precision_here(precision, images.device)
