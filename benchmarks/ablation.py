@@ -1,4 +1,5 @@
-"""What each part of the method gives: one network, one start, one part more in every row; accuracy and the four errors.
+"""What each part of the method gives: one network, one start; accuracy and the four errors. Up to "+ joint" a row has one part
+more than the one before it; those after it are each the joint one with one thing changed.
 
 Every row is trained for the same few epochs and measured on validation images only. The first row is the network that the
 others start from. Run:

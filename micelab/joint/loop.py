@@ -3,7 +3,7 @@
 One walk over the layers carries two values side by side: the currents and spikes of all T steps, without gradient, by the
 code that simulates (micelab.network), and their mean over time, with gradient, as in an ordinary ANN. A layer's mean
 output is the true rate phi = theta*n/T of its neurons; its gradient is that of Q at the mean current (`straight_through`).
-No back-propagation through time: an epoch costs at most (T + 3)/3 of an ANN's. Batch-norm takes its statistics from the mean
+No back-propagation through time: a step costs less than (T + 3)/3 of an ANN's. Batch-norm takes its statistics from the mean
 current and is the same affine map at every step.
 
 Rates in the forward pass and an ANN's gradient in the backward pass: tandem learning (Wu et al., arXiv 1907.01167).
