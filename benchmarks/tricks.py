@@ -65,7 +65,7 @@ LEFT_OUT: dict[str, Change] = {
     "residual sum left to the neurons": lambda snn: patch.object(TimeFolded, "_is_joined", lambda *_: False),
     "weights laid out as the images": contiguous,
     "chunks that stay in the cache": lambda snn: patch.object(snn, "chunk", lambda *_: 10**6),
-    "chunks side by side": lambda snn: patch.object(snn, "_lanes", lambda *_: 1),
+    "chunks side by side": lambda snn: patch.object(snn, "_lanes", lambda *_, **__: 1),
 }
 
 

@@ -103,6 +103,19 @@ def test_out_of_memory_side_by_side_halves_for_all_and_loses_nothing(snn, thread
     assert len(caplog.records) == 1
 
 
+def test_few_images_are_left_to_one_thread_of_python(snn, threads, monkeypatch):
+    threads(2)
+    asked, side_by_side = [], memory._side_by_side
+    monkeypatch.setattr(memory, "_side_by_side", lambda lanes: asked.append(lanes) or side_by_side(lanes))
+    size = snn.chunk(torch.rand(1, 1, 8, 8), 3)
+    runs = [snn.simulate(torch.rand(images, 1, 8, 8), 3, record=False) for images in (1, 2, size // 3, 2 * (size // 3))]
+    assert asked == [1, 1, 1, 2]
+    assert [run.logits.shape[1] for run in runs] == [1, 2, size // 3, 2 * (size // 3)]
+    asked.clear()
+    snn.simulate(torch.rand(2, 1, 8, 8), 3, chunk=1)  # as asked for
+    assert asked == [2]
+
+
 def test_a_simulation_that_is_left_early_ends_its_threads(snn, threads):
     threads(2)
     before = threading.active_count()

@@ -29,6 +29,10 @@ CACHE_BUDGET = 8 * 2**20
 third, one that is too small leaves every call of a layer little to do. How much is best depends on the processor, the network
 and T (4 MB on one machine, 16 on another), so that a long simulation tries the half and the double of it too."""
 
+LEAST_SHARE = 3
+"""A thread of its own pays for no less than this part of a chunk, a third: going from layer to layer takes Python some
+milliseconds, in which the other threads wait."""
+
 DEVICE_BUDGET = 512 * 2**20
 """The same on an accelerator, at most: large chunks keep it busy. It is less where less memory is free."""
 
@@ -175,20 +179,21 @@ class SpikingNetwork(nn.Module):
         def work(part: Tensor) -> SimulationRun:
             return self._simulate(part, time_steps, record, spikes, precision, prepared)
 
-        lanes = self._lanes(images)
         size = chunk or (self.chunk(images, time_steps, precision) if len(images) > 1 else 1)
+        lanes = self._lanes(images, least=1 if chunk else size // LEAST_SHARE)
         pace = None if chunk else self._pace(images, time_steps, record, size, precision)
         return in_chunks(images, size if chunk else min(size, -(-len(images) // lanes)), work, halved, pace, lanes)
 
-    def _lanes(self, images: Tensor) -> int:
-        """How many chunks go through side by side: on a CPU as many as there are threads, each with one of its own.
+    def _lanes(self, images: Tensor, least: int = 1) -> int:
+        """How many chunks go through side by side: on a CPU as many as there are threads, each with one of its own, if each has
+        `least` images.
 
         Two threads in one layer wait for each other and for the operations between layers that only one does. On a grid, where
         the kind of convolution is set for the whole process, chunks go one after another.
         """
         if images.device.type != "cpu" or self.most_steps is not None:
             return 1
-        return max(1, min(torch.get_num_threads(), len(images)))
+        return max(1, min(torch.get_num_threads(), len(images) // max(1, least)))
 
     def _pace(self, images: Tensor, time_steps: int, record: Record, guess: int, precision: str) -> Pace | None:
         """What is known of the best chunk for such images; None where they are too few to try, or nothing is to be tried."""
