@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -16,6 +17,16 @@ from torch import Tensor, nn
 from micelab.data import Split, to_float
 from micelab.exceptions import InputError
 from micelab.train.augment import Augmentation, augmentation, crop_flip_cutout, draw_places, padding_for, small_side
+
+
+class Choices(TypedDict, total=False):
+    """What may be chosen of batches, as `TrainingBatches` has it by default: mirroring, this process and how many there are, and
+    how many epochs see smaller crops."""
+
+    flip: bool
+    rank: int
+    world: int
+    small_epochs: int
 
 
 class TrainingBatches:
@@ -80,16 +91,13 @@ class DeviceBatches(TrainingBatches):
         batch_size: int,
         augment: Augmentation,
         seed: int,
-        flip: bool = True,
-        rank: int = 0,
-        world: int = 1,
-        small_epochs: int = 0,
         device: torch.device | str = "cuda",
+        **choices: Unpack[Choices],
     ):
         if augment == "auto":
             raise InputError("augmentation 'auto' works image by image, on the CPU: use TrainingBatches")
-        super().__init__(split, batch_size, augment, seed, flip, rank, world, small_epochs)
-        self.size, self.flip, self.cutout = split.images.shape[-1], flip, augment == "cutout"
+        super().__init__(split, batch_size, augment, seed, **choices)
+        self.size, self.flip, self.cutout = split.images.shape[-1], choices.get("flip", True), augment == "cutout"
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def augmented(self, picked: Tensor, small: bool = False) -> Tensor:
@@ -106,16 +114,13 @@ def training_batches(
     batch_size: int,
     augment: Augmentation,
     seed: int,
-    flip: bool = True,
-    rank: int = 0,
-    world: int = 1,
-    small_epochs: int = 0,
     device: torch.device | str = "cpu",
+    **choices: Unpack[Choices],
 ) -> TrainingBatches:
     """Batches for training on `device`: made there on CUDA (save "auto"), else on the CPU by torchvision's transforms."""
     if torch.device(device).type == "cuda" and augment != "auto":
-        return DeviceBatches(split, batch_size, augment, seed, flip, rank, world, small_epochs, device)
-    return TrainingBatches(split, batch_size, augment, seed, flip, rank, world, small_epochs)
+        return DeviceBatches(split, batch_size, augment, seed, device, **choices)
+    return TrainingBatches(split, batch_size, augment, seed, **choices)
 
 
 def mix(*numbers: int) -> int:
