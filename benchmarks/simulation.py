@@ -1,6 +1,6 @@
 """How fast a converted network runs, beside its convolutions alone and beside other simulators, in one run.
 
-    make bench                                          # everything, nine minutes on two cores: JSON and a picture
+    make bench                                          # everything, eleven minutes on two cores: JSON and a picture
     python benchmarks/simulation.py --rounds 3 --quick  # the table only, with the peers that are installed
     python benchmarks/simulation.py --memory            # peak memory of 1,000 images at T = 64
     python benchmarks/simulation.py --accuracy          # what the fast modes and the grid cost on all test images
