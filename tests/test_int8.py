@@ -11,8 +11,11 @@ from micelab.exceptions import InputError
 from micelab.models import resnet20
 from micelab.network import int8
 from micelab.network.grid import snap_to_grid
+from micelab.network.spike_convolutions import INTEGERS, ByIntegers, Spikes
 from micelab.neuron.compiled import as_bytes
+from micelab.neuron.firing import IntegrateFire
 
+needs_events = pytest.mark.skipif(not INTEGERS.is_here("cpu"), reason="no C compiler works here")
 needs_int8 = pytest.mark.skipif(not int8.has_int8("cpu"), reason="no quantized convolution here")
 
 
@@ -58,6 +61,61 @@ def test_counts_do_not_depend_on_chunks_or_threads_or_on_what_is_kept(narrow_snn
     torch.testing.assert_close(expected.logits, bare.logits)
     exact = narrow_snn.simulate(pictures(), 6)
     assert any(not torch.equal(layer.count, exact.layers[name].count) for name, layer in expected.layers.items())
+
+
+@needs_int8
+@needs_events
+@pytest.mark.parametrize("theta", [torch.tensor(0.7), torch.linspace(0.3, 2, 32)], ids=["number", "channel"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (5, 1, 2)])
+@pytest.mark.parametrize("channels", [(16, 16), (19, 48), (32, 32), (64, 96)])
+def test_integers_are_added_spike_by_spike_as_by_the_quantized_convolution(channels, kernel, stride, padding, theta):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*channels, kernel, stride, padding).requires_grad_(False)
+    layer.weight.normal_()
+    theta = theta if theta.dim() == 0 else theta.repeat(2)[: channels[0]]
+    spikes = (torch.rand(3, channels[0], 11, 9) < 0.3).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    if not INTEGERS.suits(layer, IntegrateFire(theta)):
+        assert kernel == 5  # narrow layers by events are 1x1 or 3x3, and 1,600 weights may pass 16 bits
+        return
+    expected = int8.convolve(spikes, int8.packed(layer, theta, list(spikes.shape)))
+    found = ByIntegers(layer, theta).currents(Spikes(spikes.float()))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # one product and one sum round
+    layer.bias.zero_()
+    quarters = ByIntegers(layer, theta)
+    scale = quarters.layer.scale.view(1, -1, 1, 1)
+    integers, _ = int8.rounded(layer.weight, theta)
+    sums = F.conv2d(spikes.double(), integers.double(), stride=stride, padding=padding)
+    assert torch.equal(quarters.currents(Spikes(spikes.float())), sums.float() * scale)
+
+
+@needs_int8
+@needs_events
+def test_weights_whose_sums_pass_16_bits_are_left_to_the_quantized_convolution():
+    layer, neuron = nn.Conv2d(32, 32, 3).requires_grad_(False), IntegrateFire(torch.tensor(1.0))
+    layer.weight.fill_(0.5)
+    assert not INTEGERS.suits(layer, neuron)  # 288 * 127
+    layer.weight[:, 0] = 100.0
+    assert INTEGERS.suits(layer, neuron)
+    layer.weight[:, 0] = -0.5
+    assert not INTEGERS.suits(layer, IntegrateFire(torch.tensor(1.0)))
+    assert not INTEGERS.suits(layer, IntegrateFire(torch.tensor(1.0), signed=True))
+
+
+@needs_int8
+@needs_events
+@pytest.mark.parametrize("record", [True, "counts", False])
+def test_a_network_has_the_spikes_of_the_quantized_convolution(record, monkeypatch):
+    torch.manual_seed(0)
+    ann = resnet20(width=16, activation="quant_clip", theta=1.0)
+    with torch.no_grad():
+        ann.train()(pictures(32))
+    snn = convert(ann.eval(), "qcfs")
+    found = snn.simulate(pictures(), 6, precision="int8", record=record)
+    monkeypatch.setattr(INTEGERS.__class__, "is_here", lambda *_: False)
+    expected = snn.simulate(pictures(), 6, precision="int8", record=record)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    for name, layer in expected.layers.items():
+        assert (layer.count != found.layers[name].count).float().mean() < 1e-3, name
 
 
 @needs_int8

@@ -18,7 +18,7 @@ from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
 from micelab.network.records import LayerRun, Record
-from micelab.network.spike_convolutions import WAYS, ByEvents, Due, SpikeConvolution, Spikes
+from micelab.network.spike_convolutions import INTEGERS, WAYS, ByEvents, Due, SpikeConvolution, Spikes
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -107,8 +107,8 @@ class TimeFolded(LayerRunner):
 
     def _own_convolution(self, n: fx.Node) -> SpikeConvolution | None:
         """What convolves spikes at the node `n` in a way of its own, or None where torch does, or `n` does something else."""
-        way = WAYS.get(self.precision)
-        if not way or n.op != "call_module" or n not in self.over_time:
+        way = INTEGERS if self.precision == "int8" else WAYS.get(self.precision)
+        if not way or not way.is_here("cpu") or n.op != "call_module" or n not in self.over_time:
             return None
         if n.name not in self.prepared:
             module, sender = module_of(self.traced, str(n.target)), self._sender(n)

@@ -2,6 +2,7 @@
 
 theta is multiplied into the weights, and these are rounded to 255 levels for each output channel. What a convolution adds up are
 integers, so the sums are exact and the same in any order; one product and one sum with the bias make fp32 currents of them.
+Layers that suit add the same integers spike by spike instead, which is faster (`micelab.network.spike_convolutions.ByIntegers`).
 """
 
 from __future__ import annotations

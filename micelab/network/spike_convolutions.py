@@ -1,7 +1,8 @@
-"""Convolutions of spikes on a CPU in fp32's numbers, each compiled, faster than a dense one: spike by spike, or by a matrix unit.
+"""Convolutions of spikes on a CPU, each compiled, faster than a dense one: spike by spike, in fp32's numbers or with weights of 8
+bits, or by a matrix unit.
 
-Their sums have another order, so currents differ from a dense convolution's by rounding, and on a grid (`micelab.snap_to_grid`)
-not at all. Layers that do not suit a way convolve as ever.
+Sums of fp32's numbers have another order, so currents differ from a dense convolution's by rounding, and on a grid
+(`micelab.snap_to_grid`) not at all. Layers that do not suit a way convolve as ever.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from micelab.graph.tracing import is_hooked
+from micelab.network.int8 import rounded
 from micelab.neuron import compiled
 from micelab.neuron.convolutions import EventLayer, convolve_by_matrix, convolved_shape, packed, sums_of_sets, unpacked
 from micelab.neuron.firing import Firing, IntegrateFire
@@ -77,6 +79,11 @@ class SpikeConvolution(ABC):
     def serves(convolution: nn.Conv2d) -> bool:
         """Whether it takes a layer of so many channels with such a kernel."""
 
+    @staticmethod
+    def has_room(convolution: nn.Conv2d, theta: Tensor) -> bool:
+        """Whether its numbers hold every sum of these weights."""
+        return True
+
     @abstractmethod
     def currents(self, spikes: Spikes) -> Tensor:
         """[N, out, H, W], channels_last, of spikes [N, C, H, W], fp32."""
@@ -126,6 +133,25 @@ class ByEvents(SpikeConvolution):
         return Spikes.of_bits(bits, neurons.theta, len(self.bias)), Firing(fired, residual, neurons.v0)
 
 
+class ByIntegers(ByEvents):
+    """The same with weights of 8 bits (`micelab.network.int8.rounded`), added exactly in integers of 16."""
+
+    def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
+        own, bias = folded or (convolution.weight, convolution.bias)
+        integers, scale = rounded(own, theta.to(own.dtype))
+        self.weight = integers.to(torch.int16).permute(2, 3, 1, 0).contiguous()
+        self.bias = torch.zeros_like(scale) if bias is None else bias
+        self.stride, self.padding = convolution.stride[0], convolution.padding[0]
+        sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
+        self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding, scale)
+
+    @staticmethod
+    def has_room(convolution: nn.Conv2d, theta: Tensor) -> bool:
+        """Whether no sum can pass 16 bits, whatever fires."""
+        integers, _ = rounded(convolution.weight, theta.to(convolution.weight.dtype))
+        return int(integers.int().abs().sum((1, 2, 3)).amax()) < 2**15
+
+
 class ByMatrixUnit(SpikeConvolution):
     """Weights as sums of three bf16 numbers, which is exact, on processors with AMX."""
 
@@ -164,8 +190,9 @@ class Way:
 
     def suits(self, convolution: Any, neuron: Any) -> bool:
         """Whether the convolution [N, C, H, W] of this layer's spikes is one for it."""
-        plain = isinstance(neuron, IntegrateFire) and not neuron.signed
-        return plain and is_plain(convolution) and self.kind.serves(convolution)
+        if not isinstance(neuron, IntegrateFire) or neuron.signed or not is_plain(convolution):
+            return False
+        return self.kind.serves(convolution) and self.kind.has_room(convolution, neuron.theta)
 
 
 def is_plain(convolution: Any) -> bool:
@@ -201,4 +228,7 @@ def _has_matrix_unit() -> bool:
 
 
 WAYS = {"events": Way(ByEvents, _has_compiler), "bf16x3": Way(ByMatrixUnit, _has_matrix_unit)}
-"""By the precision that asks for it."""
+"""By the precision that asks for it, those of fp32's products."""
+
+INTEGERS = Way(ByIntegers, _has_compiler)
+"""That of 8-bit weights: the sums of oneDNN's quantized convolution (`micelab.network.int8`), faster."""

@@ -61,8 +61,8 @@ def load(cc: str) -> Any:
         library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
         library.pack_spikes.argtypes = [place] * 2 + [size] * 2 + [flag] * 2
         library.unpack_spikes.argtypes = [place] * 3 + [size] * 2 + [flag]
-        library.sum_sets.argtypes = [place] * 2 + [size] * 3
-        library.fire_events.argtypes = [place] * 13 + [size] * 10 + [flag] * 2
+        library.sum_sets.argtypes = [place] * 2 + [size] * 3 + [flag]
+        library.fire_events.argtypes = [place] * 14 + [size] * 10 + [flag] * 2
         library.weight_gradient.argtypes = [place] * 3 + [size] * 7 + [flag] * 2
         for function in FUNCTIONS:
             getattr(library, function).restype = None

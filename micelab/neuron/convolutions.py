@@ -58,10 +58,11 @@ def unpacked(bits: Tensor, theta: Tensor, channels: int) -> Tensor:
 
 def sums_of_sets(weight: Tensor) -> Tensor:
     """For each set of spikes among eight channels the sum of their weights, as `EventLayer` takes them: of a square weight
-    [k, k, C, out], out a multiple of 16, some 32*k*k*C*out numbers."""
+    [k, k, C, out], fp32 or int16, out a multiple of 16, some 32*k*k*C*out numbers of its type."""
     rows, columns, channels, outputs = weight.shape
-    sums = torch.empty(-(-channels // 8) * 2**8 * rows * columns * outputs, dtype=torch.float32, device="cpu")
-    compiled.shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), rows * columns, channels, outputs)
+    sums = torch.empty(-(-channels // 8) * 2**8 * rows * columns * outputs, dtype=weight.dtype, device="cpu")
+    sizes = (rows * columns, channels, outputs)
+    compiled.shared_library().sum_sets(weight.data_ptr(), sums.data_ptr(), *sizes, weight.dtype == torch.int16)
     return sums
 
 
@@ -87,6 +88,7 @@ class EventLayer:
     """A convolution of spikes, bits as of `packed`: weight [rows, columns, C, out] with theta multiplied in, and bias [out].
 
     sums: `sums_of_sets` of the weight, for C from 16 to 32 and a kernel of 1x1 or 3x3; or None, for out a multiple of 32.
+    scale: None, or, [out], of a weight in int16, what its sums are multiplied by; none may pass 16 bits, whatever fires.
     """
 
     weight: Tensor
@@ -94,6 +96,7 @@ class EventLayer:
     bias: Tensor
     stride: int
     padding: int
+    scale: Tensor | None = None
 
     def currents(self, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, out, H, W], channels_last, fp32, or bf16 where `dtype` is. Raises as `convolve_by_matrix` does."""
@@ -147,7 +150,22 @@ class EventLayer:
         residual: Tensor | None = None,
     ) -> None:
         """`fire_events` of events.c, in its order."""
-        given = (bits, self.weight, self.sums, self.bias, plus, more, amplitude, theta, start, out, fired, count, residual)
+        given = (
+            bits,
+            self.weight,
+            self.sums,
+            self.bias,
+            self.scale,
+            plus,
+            more,
+            amplitude,
+            theta,
+            start,
+            out,
+            fired,
+            count,
+            residual,
+        )
         places = (None if tensor is None else tensor.data_ptr() for tensor in given)
         images, height, width, _ = bits.shape
         rows, columns, channels, outputs = self.weight.shape

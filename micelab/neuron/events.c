@@ -4,6 +4,7 @@
    A spike is a bit: bytes are [steps][images][height][width][eights of channels], the first of eight the lowest bit, and 0 beyond
    the last channel. Currents have channels last in memory; weights are [rows][columns][channels][outputs], with theta multiplied
    in, outputs a multiple of 16, and of 32 where spikes are listed.
+   Weights may be integers of 16 bits, of which a scale for each output makes currents: those are added exactly.
    Compiled without contraction, so that neurons round every sum and product as those in neuron.c do. */
 
 #include <stddef.h>
@@ -24,6 +25,7 @@ typedef uint16_t bits;
 #else
 typedef uint8_t bits;
 #endif
+typedef int16_t integers __attribute__((vector_size(2 * LANES)));
 
 /* spikes of the steps of some images, and what is made of them: currents `out` [steps][images][high][wide][outputs], bf16 where
    `half`; or, where
@@ -31,7 +33,8 @@ typedef uint8_t bits;
    theta and start are of each output, residual and count (or NULL) [images][high][wide][outputs] */
 typedef struct {
     const uint8_t *spikes;
-    const float *weights, *bias, *plus;
+    const void *weights;
+    const float *bias, *scale, *plus;
     const uint8_t *more;
     const float *amplitude, *theta, *start;
     void *out;
@@ -93,17 +96,44 @@ INLINE void begin(const layer *k, int64_t image, int64_t oy, int64_t block, cons
 
 /* what LANES outputs are about, the same at every place */
 typedef struct {
-    vector bias, theta, amplitude;
+    vector bias, scale, theta, amplitude;
 } numbers;
 
 INLINE numbers of_outputs(const layer *k, int64_t output)
 {
-    numbers n = {load(k->bias + output), {0}, {0}};
+    numbers n = {load(k->bias + output), {0}, {0}, {0}};
+    if (k->scale)
+        n.scale = load(k->scale + output);
     if (k->theta)
         n.theta = load(k->theta + output);
     if (k->more)
         n.amplitude = load(k->amplitude + output);
     return n;
+}
+
+/* sums of LANES weights each, floats or, whole, integers */
+typedef struct {
+    vector floats;
+    integers whole;
+} sum;
+
+/* adds LANES weights, from number `at` on */
+INLINE void add(sum *to, const void *weights, int64_t at, const int whole)
+{
+    if (whole) {
+        integers more;
+        memcpy(&more, (const int16_t *)weights + at, sizeof more);
+        to->whole += more;
+    } else
+        to->floats += load((const float *)weights + at);
+}
+
+/* the currents that two sums make */
+INLINE vector currents(const sum *even, const sum *odd, const numbers *n, const int whole)
+{
+    if (!whole)
+        return even->floats + odd->floats;
+    return __builtin_convertvector(even->whole + odd->whole, vector) * n->scale + n->bias;
 }
 
 /* LANES currents of one step: they go out, or charge the neurons at `here`, whose spikes do; `at`: where in the step's images */
@@ -219,21 +249,36 @@ void unpack_spikes(const uint8_t *packed, const float *amplitude, float *values,
     }
 }
 
-/* for each LANES outputs, each group of channels and each set of them that may have fired, the sum of their weights at each of the
-   `taps` places of the kernel: sums is [outputs/LANES][groups][SETS][taps][LANES] */
-void sum_sets(const float *weights, float *sums, int64_t taps, int64_t channels, int64_t outputs)
+INLINE void all_sets(const void *weights, void *sums, int64_t taps, int64_t channels, int64_t outputs, const int whole)
 {
+    const int64_t size = whole ? sizeof(int16_t) : sizeof(float);
+    char *into = sums;
     for (int64_t block = 0; block < outputs; block += LANES)
-        for (int64_t channel = 0; channel < channels; channel += GROUP, sums += SETS * taps * LANES) {
+        for (int64_t channel = 0; channel < channels; channel += GROUP, into += SETS * taps * LANES * size) {
             const int64_t many = channels - channel < GROUP ? channels - channel : GROUP;
-            memset(sums, 0, taps * LANES * sizeof *sums);
-            for (int64_t set = 1; set < 1 << many; set++) {
-                const float *others = sums + (set & (set - 1)) * taps * LANES;
-                const float *lowest = weights + (channel + __builtin_ctz(set)) * outputs + block;
-                for (int64_t tap = 0; tap < taps; tap++)
-                    keep(sums + (set * taps + tap) * LANES, load(others + tap * LANES) + load(lowest + tap * channels * outputs));
-            }
+            memset(into, 0, taps * LANES * size);
+            for (int64_t set = 1; set < 1 << many; set++)
+                for (int64_t tap = 0; tap < taps; tap++) {
+                    sum both = {{0}, {0}};
+                    add(&both, into, ((set & (set - 1)) * taps + tap) * LANES, whole);
+                    add(&both, weights, (tap * channels + channel + __builtin_ctz(set)) * outputs + block, whole);
+                    char *here = into + (set * taps + tap) * LANES * size;
+                    if (whole)
+                        memcpy(here, &both.whole, sizeof both.whole);
+                    else
+                        keep((float *)here, both.floats);
+                }
         }
+}
+
+/* for each LANES outputs, each group of channels and each set of them that may have fired, the sum of their weights at each of the
+   `taps` places of the kernel: sums is [outputs/LANES][groups][SETS][taps][LANES], of the weights' kind */
+void sum_sets(const void *weights, void *sums, int64_t taps, int64_t channels, int64_t outputs, int whole)
+{
+    if (whole)
+        all_sets(weights, sums, taps, channels, outputs, 1);
+    else
+        all_sets(weights, sums, taps, channels, outputs, 0);
 }
 
 /* where the sums of `many` places' sets begin, or, without spikes, those of silence; kernels are side x side */
@@ -259,8 +304,8 @@ INLINE void find_sets(const layer *k, const uint8_t *spikes, int32_t *found, con
 }
 
 /* one line of places of one image at one step, LANES outputs from `block` on: at each place the sums of the sets that it sees */
-INLINE void look_up(const layer *of, const int32_t *found, const float *sums, int64_t step, int64_t image, int64_t oy, int64_t block,
-                    const int64_t groups, const int64_t side)
+INLINE void look_up(const layer *of, const int32_t *found, const void *sums, int64_t step, int64_t image, int64_t oy, int64_t block,
+                    const int64_t groups, const int64_t side, const int whole)
 {
     const layer own = *of, *k = &own; /* nothing that is written can change it */
     const numbers n = of_outputs(k, block);
@@ -269,7 +314,7 @@ INLINE void look_up(const layer *of, const int32_t *found, const float *sums, in
     int64_t here = (image * k->high + oy) * k->wide * k->outputs + block;
     const int64_t ahead = step * k->images * k->high * k->wide * k->outputs;
     for (int64_t ox = 0; ox < k->wide; ox++, seen += k->stride * groups, here += k->outputs) {
-        vector even = n.bias, odd = {0};
+        sum even = {n.bias, {0}}, odd = {{0}, {0}};
 #pragma GCC unroll 3
         for (int64_t row = 0; row < side; row++) {
             const int32_t *sets = seen + row * line;
@@ -277,21 +322,16 @@ INLINE void look_up(const layer *of, const int32_t *found, const float *sums, in
 #pragma GCC unroll 3
             for (int64_t column = 0; column < side; column++)
 #pragma GCC unroll 4
-                for (int64_t group = 0; group < groups; group++) {
-                    const vector sum = load(sums + sets[column * groups + group] + (row * side + column) * LANES);
-                    if (group % 2)
-                        odd += sum;
-                    else
-                        even += sum;
-                }
+                for (int64_t group = 0; group < groups; group++)
+                    add(group % 2 ? &odd : &even, sums, sets[column * groups + group] + (row * side + column) * LANES, whole);
         }
-        send(k, &n, even + odd, ahead + here, here);
+        send(k, &n, currents(&even, &odd, &n, whole), ahead + here, here);
     }
 }
 
 /* all steps of one image; found: room for the places of all their sets */
-INLINE void by_sets(const layer *k, int32_t *found, const float *sums, int64_t image, int64_t block, const int64_t groups,
-                    const int64_t side)
+INLINE void by_sets(const layer *k, int32_t *found, const void *sums, int64_t image, int64_t block, const int64_t groups,
+                    const int64_t side, const int whole)
 {
     const int64_t pad = 2 * k->padding, size = (k->height + pad) * (k->width + pad) * groups;
     for (int64_t step = 0; step < k->steps; step++)
@@ -299,7 +339,7 @@ INLINE void by_sets(const layer *k, int32_t *found, const float *sums, int64_t i
     for (int64_t oy = 0; oy < k->high; oy++) {
         begin(k, image, oy, block, 1);
         for (int64_t step = 0; step < k->steps; step++)
-            look_up(k, found + step * size, sums, step, image, oy, block, groups, side);
+            look_up(k, found + step * size, sums, step, image, oy, block, groups, side, whole);
     }
 }
 
@@ -329,55 +369,55 @@ INLINE int64_t seen_from(const layer *k, const int32_t *list, const int64_t *sta
 /* one line of places of one image at one step, V vectors of outputs from `block` on; list: the spikes' places in their row of the
    image, row after row; start[y*(width + 1) + x]: where those of column x and beyond begin; rows: room for what a place sees */
 INLINE void gather(const layer *of, const int32_t *list, const int64_t *start, int32_t *rows, int64_t step, int64_t image, int64_t oy,
-                   int64_t block, const int V)
+                   int64_t block, const int V, const int whole)
 {
     const layer own = *of, *k = &own;
     numbers n[V];
 #pragma GCC unroll 8
     for (int i = 0; i < V; i++)
         n[i] = of_outputs(k, block + i * LANES);
-    const float *weights = k->weights + block;
     int64_t here = (image * k->high + oy) * k->wide * k->outputs + block;
     const int64_t ahead = step * k->images * k->high * k->wide * k->outputs;
     for (int64_t ox = 0; ox < k->wide; ox++, here += k->outputs) {
-        vector even[V], odd[V];
+        sum even[V], odd[V];
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++) {
-            even[i] = n[i].bias;
-            odd[i] = (vector){0};
+            even[i] = (sum){n[i].bias, {0}};
+            odd[i] = (sum){{0}, {0}};
         }
         const int64_t seen = seen_from(k, list, start, oy, ox, rows);
         int64_t at = 0;
         for (; at + 1 < seen; at += 2) {
-            const float *first = weights + rows[at] * k->outputs, *second = weights + rows[at + 1] * k->outputs;
+            const int64_t first = rows[at] * k->outputs + block, second = rows[at + 1] * k->outputs + block;
 #pragma GCC unroll 8
             for (int i = 0; i < V; i++) {
-                even[i] += load(first + i * LANES);
-                odd[i] += load(second + i * LANES);
+                add(even + i, k->weights, first + i * LANES, whole);
+                add(odd + i, k->weights, second + i * LANES, whole);
             }
         }
         if (at < seen)
 #pragma GCC unroll 8
             for (int i = 0; i < V; i++)
-                even[i] += load(weights + rows[at] * k->outputs + i * LANES);
+                add(even + i, k->weights, rows[at] * k->outputs + block + i * LANES, whole);
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++)
-            send(k, n + i, even[i] + odd[i], ahead + here + i * LANES, here + i * LANES);
+            send(k, n + i, currents(even + i, odd + i, n + i, whole), ahead + here + i * LANES, here + i * LANES);
     }
 }
 
 /* all steps of one image; list and start: room for the spikes of all of them, rows for what a place sees */
-INLINE void by_lists(const layer *k, int32_t *list, int64_t *start, int32_t *rows, int64_t image, int64_t block, const int V)
+INLINE void by_lists(const layer *k, int32_t *list, int64_t *start, int32_t *rows, int64_t image, int64_t block, const int V,
+                     const int whole)
 {
     const int64_t size = k->height * (k->width + 1);
     for (int64_t oy = 0; oy < k->high; oy++) {
         begin(k, image, oy, block, V);
         for (int64_t step = 0; step < k->steps; step++)
-            gather(k, list, start + step * size, rows, step, image, oy, block, V);
+            gather(k, list, start + step * size, rows, step, image, oy, block, V, whole);
     }
 }
 
-static int with_lists(const layer *k, int threads)
+INLINE int with_lists(const layer *k, int threads, const int whole)
 {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -405,9 +445,9 @@ static int with_lists(const layer *k, int threads)
             }
             int64_t block = 0;
             for (; k->outputs - block >= 4 * LANES; block += 4 * LANES)
-                by_lists(k, list, start, rows, image, block, 4);
+                by_lists(k, list, start, rows, image, block, 4, whole);
             for (; block < k->outputs; block += 2 * LANES)
-                by_lists(k, list, start, rows, image, block, 2);
+                by_lists(k, list, start, rows, image, block, 2, whole);
         }
         free(list);
         free(start);
@@ -417,19 +457,19 @@ static int with_lists(const layer *k, int threads)
 }
 
 /* the same for 16 to 32 channels and kernels of one place or 3 x 3, whose numbers the compiler is to know */
-INLINE void by_known_sets(const layer *k, int32_t *found, const float *sums, int64_t image, int64_t block)
+INLINE void by_known_sets(const layer *k, int32_t *found, const void *sums, int64_t image, int64_t block, const int whole)
 {
     switch (eights(k->channels) * 10 + k->rows) {
-    case 21: by_sets(k, found, sums, image, block, 2, 1); break;
-    case 23: by_sets(k, found, sums, image, block, 2, 3); break;
-    case 31: by_sets(k, found, sums, image, block, 3, 1); break;
-    case 33: by_sets(k, found, sums, image, block, 3, 3); break;
-    case 41: by_sets(k, found, sums, image, block, 4, 1); break;
-    case 43: by_sets(k, found, sums, image, block, 4, 3); break;
+    case 21: by_sets(k, found, sums, image, block, 2, 1, whole); break;
+    case 23: by_sets(k, found, sums, image, block, 2, 3, whole); break;
+    case 31: by_sets(k, found, sums, image, block, 3, 1, whole); break;
+    case 33: by_sets(k, found, sums, image, block, 3, 3, whole); break;
+    case 41: by_sets(k, found, sums, image, block, 4, 1, whole); break;
+    case 43: by_sets(k, found, sums, image, block, 4, 3, whole); break;
     }
 }
 
-static int with_sets(const layer *k, const float *sums, int threads)
+INLINE int with_sets(const layer *k, const char *sums, int threads, const int whole)
 {
     const int64_t groups = eights(k->channels), pad = 2 * k->padding;
     int failed = 0;
@@ -440,27 +480,35 @@ static int with_sets(const layer *k, const float *sums, int threads)
 #pragma omp atomic write
             failed = 1;
         }
-        const float *those = sums;
-        for (int64_t block = 0; block < k->outputs; block += LANES, those += groups * SETS * k->rows * k->rows * LANES) {
+        const char *those = sums;
+        const int64_t size = groups * SETS * k->rows * k->rows * LANES * (whole ? sizeof(int16_t) : sizeof(float));
+        for (int64_t block = 0; block < k->outputs; block += LANES, those += size) {
 #pragma omp for schedule(static) nowait
             for (int64_t image = 0; image < k->images; image++)
                 if (found)
-                    by_known_sets(k, found, those, image, block);
+                    by_known_sets(k, found, those, image, block, whole);
         }
         free(found);
     }
     return failed;
 }
 
+INLINE int fire_all(const layer *k, const void *sums, int threads, const int whole)
+{
+    return sums ? with_sets(k, sums, threads, whole) : with_lists(k, threads, whole);
+}
+
 /* Without theta there are no neurons, and images are those of all steps. sums: of `sum_sets`, for 16 to 32 channels and a kernel
-   of one place or 3 x 3, or NULL: then spikes are listed. 0, or 1 where there is no memory for sets or lists */
-int fire_events(const uint8_t *spikes, const float *weights, const float *sums, const float *bias, const float *plus,
-                const uint8_t *more, const float *amplitude, const float *theta, const float *start, void *out, uint8_t *fired,
-                float *count, float *residual, int64_t steps, int64_t images, int64_t height, int64_t width, int64_t channels,
-                int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding, int half, int threads)
+   of one place or 3 x 3, or NULL: then spikes are listed. With a scale (of each output) weights are integers, of which no sum may
+   pass 16 bits. 0, or 1 where there is no memory for sets or lists */
+int fire_events(const uint8_t *spikes, const void *weights, const void *sums, const float *bias, const float *scale,
+                const float *plus, const uint8_t *more, const float *amplitude, const float *theta, const float *start, void *out,
+                uint8_t *fired, float *count, float *residual, int64_t steps, int64_t images, int64_t height, int64_t width,
+                int64_t channels, int64_t outputs, int64_t rows, int64_t columns, int64_t stride, int64_t padding, int half,
+                int threads)
 {
     const int64_t high = (height + 2 * padding - rows) / stride + 1, wide = (width + 2 * padding - columns) / stride + 1;
-    const layer k = {spikes, weights, bias, plus, more, amplitude, theta, start, out, fired, count, residual, steps, images,
+    const layer k = {spikes, weights, bias, scale, plus, more, amplitude, theta, start, out, fired, count, residual, steps, images,
                      height, width, channels, outputs, rows, columns, stride, padding, high, wide, half};
-    return sums ? with_sets(&k, sums, threads) : with_lists(&k, threads);
+    return scale ? fire_all(&k, sums, threads, 1) : fire_all(&k, sums, threads, 0);
 }
