@@ -148,8 +148,9 @@ class ByIntegers(ByEvents):
     @staticmethod
     def has_room(convolution: nn.Conv2d, theta: Tensor) -> bool:
         """Whether no sum can pass 16 bits, whatever fires."""
-        integers, _ = rounded(convolution.weight, theta.to(convolution.weight.dtype))
-        return int(integers.int().abs().sum((1, 2, 3)).amax()) < 2**15
+        integers = rounded(convolution.weight, theta.to(convolution.weight.dtype))[0].int()
+        of_one_sign = torch.stack((integers.clamp(min=0), -integers.clamp(max=0)))
+        return int(of_one_sign.sum((2, 3, 4)).amax()) < 2**15
 
 
 class ByMatrixUnit(SpikeConvolution):
