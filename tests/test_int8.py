@@ -81,11 +81,11 @@ def test_integers_are_added_spike_by_spike_as_by_the_quantized_convolution(chann
     found = ByIntegers(layer, theta).currents(Spikes(spikes.float()))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # one product and one sum round
     layer.bias.zero_()
-    quarters = ByIntegers(layer, theta)
-    scale = quarters.layer.scale.view(1, -1, 1, 1)
+    bare = ByIntegers(layer, theta)
+    scale = bare.layer.scale.view(1, -1, 1, 1)
     integers, _ = int8.rounded(layer.weight, theta)
     sums = F.conv2d(spikes.double(), integers.double(), stride=stride, padding=padding)
-    assert torch.equal(quarters.currents(Spikes(spikes.float())), sums.float() * scale)
+    assert torch.equal(bare.currents(Spikes(spikes.float())), sums.float() * scale)
 
 
 @needs_int8

@@ -69,10 +69,13 @@ class SpikeConvolution(ABC):
 
     def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
         own, bias = folded or (convolution.weight, convolution.bias)
-        weight = own * over_channels(theta, own)
-        self.weight = weight.permute(2, 3, 1, 0).contiguous()
-        self.bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.weight = self.numbers_of(own, theta).permute(2, 3, 1, 0).contiguous()
+        self.bias = own.new_zeros(len(own)) if bias is None else bias
         self.stride, self.padding = convolution.stride[0], convolution.padding[0]
+
+    def numbers_of(self, weight: Tensor, theta: Tensor) -> Tensor:
+        """What is added up for weight [out, C, rows, columns], theta in it."""
+        return weight * over_channels(theta, weight)
 
     @staticmethod
     @abstractmethod
@@ -101,11 +104,12 @@ class ByEvents(SpikeConvolution):
     """Spikes add their weights where they are seen, by eights whose sums are known or one by one; silence is nearly free."""
 
     fires = True
+    scale: Tensor | None = None
 
     def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
         super().__init__(convolution, theta, folded)
         sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
-        self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding)
+        self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding, self.scale)
 
     @staticmethod
     def by_sets(convolution: nn.Conv2d) -> bool:
@@ -136,14 +140,9 @@ class ByEvents(SpikeConvolution):
 class ByIntegers(ByEvents):
     """The same with weights of 8 bits (`micelab.network.int8.rounded`), added exactly in integers of 16."""
 
-    def __init__(self, convolution: Any, theta: Tensor, folded: tuple[Tensor, Tensor] | None = None):
-        own, bias = folded or (convolution.weight, convolution.bias)
-        integers, scale = rounded(own, theta.to(own.dtype))
-        self.weight = integers.to(torch.int16).permute(2, 3, 1, 0).contiguous()
-        self.bias = torch.zeros_like(scale) if bias is None else bias
-        self.stride, self.padding = convolution.stride[0], convolution.padding[0]
-        sums = sums_of_sets(self.weight) if self.by_sets(convolution) else None
-        self.layer = EventLayer(self.weight, sums, self.bias, self.stride, self.padding, scale)
+    def numbers_of(self, weight: Tensor, theta: Tensor) -> Tensor:
+        integers, self.scale = rounded(weight, theta.to(weight.dtype))
+        return integers.to(torch.int16)
 
     @staticmethod
     def has_room(convolution: nn.Conv2d, theta: Tensor) -> bool:
