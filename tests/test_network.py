@@ -258,7 +258,8 @@ def test_answers_may_be_changed_and_trained_on():
     nn.Linear(10, 2)(snn(digits(), 4)).sum().backward()
     run = snn.simulate(digits(), 4)
     run.logits.mul_(2)
-    run.layers["stem.2"].membrane.mul_(2)
+    run.layers["stem.2"].current.mul_(2)
+    run.layers["blocks.0.2"].membrane.mul_(2)
 
 
 @pytest.mark.parametrize("fold", [True, False])

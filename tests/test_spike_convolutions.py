@@ -17,8 +17,8 @@ from micelab.network import spike_convolutions
 from micelab.network.grid import snap_to_grid
 from micelab.network.spike_convolutions import WAYS, ByEvents, ByIntegers, Spikes
 from micelab.neuron import building, compiled
-from micelab.neuron.convolutions import packed, weight_gradient
-from micelab.neuron.firing import IntegrateFire
+from micelab.neuron.convolutions import fire_as_bits, packed, weight_gradient
+from micelab.neuron.firing import IntegrateFire, left
 
 LACKING = {"events": "no C compiler works here", "bf16x3": "no matrix unit (AMX) here"}
 EITHER = [
@@ -96,6 +96,7 @@ def test_other_processors_add_in_the_same_order(kind, instructions, channels, mo
     expected = kind(layer, theta).currents(Spikes(spikes))
     bits, grad = packed(spikes), torch.randn_like(expected)
     of_weight = weight_gradient(bits, grad, channels, 3, 1)
+    fired = fire_as_bits(expected.unflatten(0, (2, 2)), theta, torch.tensor(0.5), count=True)
     others = [option for option in building.OPTIONS if option != "-march=native"]
     monkeypatch.setattr(building, "OPTIONS", (*others, "-march=x86-64", *instructions, "-Werror=implicit-function-declaration"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -104,6 +105,8 @@ def test_other_processors_add_in_the_same_order(kind, instructions, channels, mo
     assert torch.equal(kind(layer, theta).currents(Spikes(spikes)), expected)
     assert torch.equal(packed(spikes.bfloat16()), bits)
     assert torch.equal(weight_gradient(bits, grad, channels, 3, 1), of_weight)
+    again = fire_as_bits(expected.unflatten(0, (2, 2)), theta, torch.tensor(0.5), count=True)
+    assert all(torch.equal(*pair) for pair in zip(fired, again, strict=True))
 
 
 @pytest.fixture
@@ -174,19 +177,49 @@ def test_neurons_that_are_done_with_their_convolution_give_the_bits_of_those_aft
     assert torch.equal(by.fire(Spikes(spikes), neurons, steps, False, given)[0].bits, out.bits)
 
 
+@pytest.mark.parametrize("channels", [16, 48])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("each", [True, False], ids=["channels", "layer"])
+def test_spikes_sent_as_bits_are_those_sent_as_numbers(channels, constant, each, threads):
+    if compiled.shared_library() is None:
+        pytest.skip(LACKING["events"])
+    torch.manual_seed(0)
+    steps, images = 7, 3
+    current = torch.randn(1 if constant else steps, images, channels, 40, 11)
+    current = current[0].expand(steps, *current.shape[1:]) if constant else current
+    theta = torch.linspace(0.3, 0.9, channels) if each else torch.tensor(0.5)
+    neurons = IntegrateFire(theta, torch.linspace(-0.2, 1, channels) if each else 0.5)
+    expected = torch.empty(current.shape)
+    did = neurons.respond(current, expected, steps)
+    for number in (1, 2):
+        threads(number)
+        spikes, found = Spikes.fired(neurons, current, count=True)
+        assert torch.equal(spikes.numbers.unflatten(0, (steps, images)), expected)
+        assert torch.equal(found.count, did.count)
+        assert torch.equal(found.residual, did.residual)
+        assert 0 < did.count.mean() < steps
+    spikes, found = Spikes.fired(neurons, current, count=False)
+    assert torch.equal(spikes.bits, packed(expected.flatten(0, 1)))
+    assert not found.count.numel()
+    if constant:
+        assert torch.equal(left(current[0], neurons.theta, neurons.v0, steps), did.residual)
+
+
 @pytest.mark.parametrize("name", FIRING)
 def test_a_network_fires_with_its_convolutions_wherever_plain_neurons_read_them(name, wide, monkeypatch):
-    fired = []
+    fired, first = [], []
     kind = WAYS[name].kind
     monkeypatch.setattr(kind, "fire", lambda self, *rest, fire=kind.fire: fired.append(self) or fire(self, *rest))
+    monkeypatch.setattr(Spikes, "fired", lambda *given, fire=Spikes.fired: first.append(given) or fire(*given))
     together = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
+    assert len(first) == 1
     assert len(fired) == 18  # of 19 layers: the first reads the images
     monkeypatch.setattr(kind, "takes_along", lambda *_: False)
     apart = wide.simulate(pictures(), 6, spikes=True, chunk=5, precision=name)
     assert len(fired) == 18
     assert torch.equal(together.logits, apart.logits)
     for place, layer in apart.layers.items():
-        for part in ("count", "membrane", "spikes"):
+        for part in ("count", "residual", "spikes"):
             assert torch.equal(getattr(together.layers[place], part), getattr(layer, part)), place
 
 

@@ -18,7 +18,7 @@ from micelab.graph.runner import LayerRunner
 from micelab.graph.tracing import activations, is_activation, module_of
 from micelab.network import int8
 from micelab.network.records import LayerRun, Record
-from micelab.network.spike_convolutions import INTEGERS, WAYS, ByEvents, Due, SpikeConvolution, Spikes
+from micelab.network.spike_convolutions import INTEGERS, WAYS, ByEvents, Due, SpikeConvolution, Spikes, send_bits
 from micelab.neuron.compiled import as_bytes
 from micelab.neuron.firing import Firing, IntegrateFire, over_time
 
@@ -108,7 +108,7 @@ class TimeFolded(LayerRunner):
     def _own_convolution(self, n: fx.Node) -> SpikeConvolution | None:
         """What convolves spikes at the node `n` in a way of its own, or None where torch does, or `n` does something else."""
         way = INTEGERS if self.precision == "int8" else WAYS.get(self.precision)
-        if not way or not way.is_here("cpu") or n.op != "call_module" or n not in self.over_time:
+        if not way or not way.is_here("cpu") or n.op != "call_module":
             return None
         if n.name not in self.prepared:
             module, sender = module_of(self.traced, str(n.target)), self._sender(n)
@@ -209,19 +209,30 @@ class TimeFolded(LayerRunner):
         layout = torch.channels_last if z.dim() == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device=z.device, memory_format=layout)
 
-    def activate(self, name: str, module: Any, z: Tensor) -> Tensor:
+    def activate(self, name: str, module: Any, z: Tensor) -> Any:
+        if self._is_asked_for_bits(module, z):
+            current = self.current(z)
+            mean = self._mean(module, current)
+            return self._record_bits(module, *Spikes.fired(module, current, bool(self.record)), mean)
         current, out = module.drive(self.current(z)), self.room(z)
         steps = out.unflatten(0, (self.steps, self.images))
-        mean = self._mean(module, current) if self.keeps_membranes else None
+        mean = self._mean(module, current)
         did = module.respond(current, steps, self.time_steps, count=bool(self.record))
         if self.record:
-            self.records[name] = self._layer_run(did, mean, module.theta, steps)
+            self.records[name] = self._layer_run(did, mean, module, steps)
         return out.to(torch.bfloat16) if self.precision == "bf16" else out
 
+    def _is_asked_for_bits(self, module: Any, z: Tensor) -> bool:
+        """Whether a layer that takes the spikes of the activation at hand as bits follows, and they can be sent so."""
+        if z.dim() != 4 or z.dtype != torch.float32 or z.shape[1] % 16 or not (self.joins(module) and send_bits(module)):
+            return False
+        return any(isinstance(self._own_convolution(reader), ByEvents) for reader in self.node.users)
+
     def _mean(self, module: Any, current: Tensor) -> Tensor | None:
-        """The mean current, [n, ...], where it must be kept: where it is at hand, or charge balance does not tell it."""
+        """The mean current, [n, ...], where it is to be kept: where it is the same at every step, or charge balance does not tell
+        it."""
         told = current.stride(0) != 0 and module.adds and self.steps == self.time_steps
-        return None if told else over_time(self.counted(current))
+        return None if told or not self.keeps_membranes else over_time(self.counted(current))
 
     def _join(self, module: Any, summands: tuple[Any, Any], sources: list[fx.Node]) -> Tensor | Spikes:
         """theta*s(t) of neurons that add the two currents [steps*n, ...] themselves."""
@@ -240,22 +251,26 @@ class TimeFolded(LayerRunner):
     def _fire_with(self, due: Due, module: Any, plus: Tensor | Spikes | None = None) -> Spikes:
         """theta*s(t) of neurons that are done with the convolution that makes their currents, or the sum with `plus`."""
         assert isinstance(due.convolution, ByEvents)
-        out, did = due.convolution.fire(due.spikes, module, self.steps, bool(self.record), plus)
+        return self._record_bits(module, *due.convolution.fire(due.spikes, module, self.steps, bool(self.record), plus))
+
+    def _record_bits(self, module: Any, out: Spikes, did: Firing, mean: Tensor | None = None) -> Spikes:
+        """`out`, with what the activation at hand did written down."""
         if self.record:
             steps = out.numbers.unflatten(0, (self.steps, self.images)) if self.spikes else None
-            self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, steps)
+            self.records[str(self.node.target)] = self._layer_run(did, mean, module, steps)
         return out
 
     def fire_sum(self, module: Any, first: Tensor, second: Tensor, out: Tensor) -> None:
         """Writes theta*s(t) for the sum of two currents [steps, n, ...] into `out`, which may be one of them."""
         did = module.respond_to_sum(first, second, out, count=bool(self.record))
         if self.record:
-            self.records[str(self.node.target)] = self._layer_run(did, None, module.theta, out)
+            self.records[str(self.node.target)] = self._layer_run(did, None, module, out)
 
-    def _layer_run(self, did: Firing, mean: Tensor | None, theta: Tensor, steps: Tensor | None) -> LayerRun:
+    def _layer_run(self, did: Firing, mean: Tensor | None, module: Any, steps: Tensor | None) -> LayerRun:
         kind = torch.int8 if self.steps < 2**7 else torch.int16 if self.steps < 2**15 else torch.int32
         spikes = self.counted(steps).sign().to(torch.int8) if self.spikes and steps is not None else None
         hidden = None if did.hidden is None else did.hidden.to(kind)
-        membrane = did.residual if self.keeps_membranes else None
-        theta = theta.to(did.residual.dtype)
+        constant = mean is not None and send_bits(module) and self.steps == self.time_steps  # then the current tells the residual
+        membrane = did.residual if self.keeps_membranes and not constant else None
+        theta = module.theta.to(did.residual.dtype)
         return LayerRun(did.count.to(kind), membrane, theta, did.v0, self.time_steps, mean, spikes, hidden)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from micelab.exceptions import InputError
 from micelab.machine import ran_out
+from micelab.neuron.firing import left
 from micelab.neuron.layout import over_channels
 
 Record = Literal["counts"] | bool
@@ -19,9 +20,9 @@ Record = Literal["counts"] | bool
 class LayerRun:
     """What one spiking layer did in the T = `time_steps` steps that count: tensors [N, ...].
 
-    membrane: the residual, or None where spike counts alone were recorded; theta: as in the layer, in the membrane's type; v0:
-    the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of hidden steps; `current`: the mean current where
-    charge balance does not tell it, or None.
+    membrane: the residual, or None where spike counts alone were recorded, or a current that is the same at every step tells it;
+    theta: as in the layer, in the membrane's type; v0: the start it took in the end, scalar, [C] or [N, ...]; `hidden`: spikes of
+    hidden steps; `current`: the mean current where charge balance does not tell it, or None.
 
     >>> import micelab, torch
     >>> snn = micelab.convert(micelab.small_cnn(activation="quant_clip"), "qcfs")
@@ -42,9 +43,11 @@ class LayerRun:
     @property
     def residual(self) -> Tensor:
         """v(T), what is left on the membranes, [N, ...], activation units. Raises InputError where it was not recorded."""
-        if self.membrane is None:
+        if self.membrane is not None:
+            return self.membrane
+        if self.current is None:
             raise InputError("of this layer spike counts alone were recorded: simulate with record=True")
-        return self.membrane
+        return left(self.current, self.theta, self.v0, self.time_steps)
 
     @property
     def mean_current(self) -> Tensor:
@@ -90,7 +93,7 @@ class LayerRun:
             "v0": self.v0.tolist() if self.v0.dim() < 2 else float(self.v0.mean()),
             "spike_rate": self.spike_rate,
         }
-        if self.membrane is None:
+        if self.membrane is None and self.current is None:
             return words
         return words | {"mean_residual": float(self.residual.mean()), "mean_current": float(self.mean_current.mean())}
 

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from micelab.graph.tracing import is_hooked
 from micelab.network.int8 import rounded
 from micelab.neuron import compiled
-from micelab.neuron.convolutions import EventLayer, convolve_by_matrix, convolved_shape, packed, sums_of_sets, unpacked
+from micelab.neuron.convolutions import (
+    EventLayer,
+    convolve_by_matrix,
+    convolved_shape,
+    fire_as_bits,
+    packed,
+    sums_of_sets,
+    unpacked,
+)
 from micelab.neuron.firing import Firing, IntegrateFire
 from micelab.neuron.layout import over_channels
 
@@ -47,6 +55,12 @@ class Spikes:
         made.shape, made.theta, made.bits = torch.Size((images, channels, height, width)), theta, bits
         return made
 
+    @classmethod
+    def fired(cls, neurons: IntegrateFire, current: Tensor, count: bool) -> tuple[Spikes, Firing]:
+        """Those of plain neurons for currents [T, n, C, H, W] that `send_bits`, C a multiple of 16."""
+        bits, sent, residual = fire_as_bits(current, neurons.theta, neurons.v0, count)
+        return cls.of_bits(bits, neurons.theta, current.shape[2]), Firing(sent, residual, neurons.v0)
+
     @cached_property
     def numbers(self) -> Tensor:
         assert self.theta is not None
@@ -55,6 +69,11 @@ class Spikes:
     @cached_property
     def bits(self) -> Tensor:
         return packed(self.numbers)
+
+
+def send_bits(neurons: Any) -> bool:
+    """Whether the spikes of these neurons are bits: they are plain, in fp32."""
+    return neurons.adds and not neurons.signed and neurons.theta.dtype == torch.float32
 
 
 class SpikeConvolution(ABC):
@@ -97,7 +116,7 @@ class SpikeConvolution(ABC):
 
     def takes_along(self, neurons: Any) -> bool:
         """Whether these neurons, which read the currents, can be done with them."""
-        return self.fires and neurons.adds and not neurons.signed and neurons.theta.dtype == torch.float32
+        return self.fires and send_bits(neurons)
 
 
 class ByEvents(SpikeConvolution):

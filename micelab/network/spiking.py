@@ -228,7 +228,7 @@ class SpikingNetwork(nn.Module):
             raise InputError(f"images are on {images.device}, the network on {own.device}: move one with .to(...)")
         images = check_images(images).to(own.dtype)
         check_batch(self.layers, images)
-        return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+        return images
 
     def precision_here(self, precision: Precision, device: torch.device | str) -> Precision:
         """What a simulation that is asked for `precision` runs in: itself; what "auto" is, "events" or "fp32", where it is
@@ -257,6 +257,7 @@ class SpikingNetwork(nn.Module):
         precision: str = "fp32",
         prepared: dict[str, SpikeConvolution | None] | None = None,
     ) -> SimulationRun:
+        images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
         with torch.no_grad(), sums_of_products(self.most_steps is not None):
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision, prepared)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))

@@ -24,7 +24,7 @@ OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPI
 FUNCTIONS = (
     *("fire", "ones", "staircase", "rate_gradient", "time_gradient"),
     *("batch_moments", "normed_fire", "normed_gradient", "normed_rate_gradient", "of_channels"),
-    *("pack_spikes", "unpack_spikes", "sum_sets"),
+    *("pack_spikes", "unpack_spikes", "fire_bits", "sum_sets"),
 )
 
 
@@ -61,6 +61,7 @@ def load(cc: str) -> Any:
         library.convolve_matrix.argtypes = [place] * 4 + [size] * 9 + [flag]
         library.pack_spikes.argtypes = [place] * 2 + [size] * 2 + [flag] * 2
         library.unpack_spikes.argtypes = [place] * 3 + [size] * 2 + [flag]
+        library.fire_bits.argtypes = [place] * 6 + [size] * 4 + [flag]
         library.sum_sets.argtypes = [place] * 2 + [size] * 3 + [flag]
         library.fire_events.argtypes = [place] * 14 + [size] * 10 + [flag] * 2
         library.weight_gradient.argtypes = [place] * 3 + [size] * 7 + [flag] * 2

@@ -7,6 +7,7 @@ They need the library of `micelab.neuron.compiled`; `micelab.network.spike_convo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,50 @@ def unpacked(bits: Tensor, theta: Tensor, channels: int) -> Tensor:
     pointers = (tensor.data_ptr() for tensor in (bits, heights, spikes))
     compiled.shared_library().unpack_spikes(*pointers, images * height * width, channels, compiled.threads_for(spikes))
     return spikes
+
+
+def fire_as_bits(current: Tensor, theta: Tensor, v0: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(bits [T*N, H, W, C/8], counts (empty unless asked for) and residual [N, C, H, W]) of plain neurons, theta and v0 scalar or
+    [C], for currents [T, N, C, H, W], fp32, or one expanded over T; C: a multiple of 16.
+
+    The spikes that `micelab.neuron.fire` writes as numbers.
+
+    >>> current = torch.tensor([0.6, -1.0, 0.3, 0.5]).repeat(4).view(1, 16, 1, 1).expand(2, 1, 16, 1, 1)
+    >>> bits, counts, _ = fire_as_bits(current, torch.tensor(1.0), torch.tensor(0.5), count=True)
+    >>> bits.flatten().tolist(), counts.flatten()[:4].tolist()  # 1 + 8 + 16 + 128 in the first step
+    ([153, 153, 68, 68], [1.0, 0.0, 1.0, 1.0])
+    """
+    steps, shape = len(current), current.shape[1:]
+    constant = current.stride(0) == 0
+    values = (current[0] if constant else current.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+    neurons = _Neurons.room(torch.Size(shape), steps, theta, v0, count)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (values, *neurons))
+    ahead, places = 0 if constant else shape.numel(), shape.numel() // shape[1]
+    compiled.shared_library().fire_bits(*pointers, steps, ahead, places, shape[1], compiled.threads_for(current))
+    return neurons.said()
+
+
+class _Neurons(NamedTuple):
+    """What C asks for of a layer's neurons, and has room for what they do: theta and start [C], in memory order; bits, counts or
+    None, residual."""
+
+    theta: Tensor
+    start: Tensor
+    fired: Tensor
+    sent: Tensor | None
+    residual: Tensor
+
+    @classmethod
+    def room(cls, shape: torch.Size, steps: int, theta: Tensor, v0: Tensor, count: bool) -> _Neurons:
+        """For T steps of neurons [N, C, H, W]."""
+        images, channels, height, width = shape
+        fired = torch.empty(steps * images, height, width, channels // 8, dtype=torch.uint8, device="cpu")
+        bound, start = (value.expand(channels).contiguous() for value in (theta, v0 * theta))
+        return cls(bound, start, fired, _channels_last(shape) if count else None, _channels_last(shape))
+
+    def said(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(bits, counts or nothing, residual)."""
+        return self.fired, self.residual.new_empty(0) if self.sent is None else self.sent, self.residual
 
 
 def sums_of_sets(weight: Tensor) -> Tensor:
@@ -122,14 +167,11 @@ class EventLayer:
         """
         total, *one = self._shape(bits)
         plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
-        fired = torch.empty(total, *one[1:], one[0] // 8, dtype=torch.uint8, device="cpu")
-        residual = _channels_last((total // steps, *one))
-        counts = torch.empty_like(residual) if count else residual.new_empty(0)
+        neurons = _Neurons.room(torch.Size((total // steps, *one)), steps, theta, v0, count)
         others, amplitude = more or (None, None)
         amplitude = None if amplitude is None else amplitude.expand(one[0]).contiguous()
-        bound, start = (value.expand(one[0]).contiguous() for value in (theta, v0 * theta))
-        self._run(bits, steps, plus, others, amplitude, bound, start, None, fired, counts if count else None, residual)
-        return fired, counts, residual
+        self._run(bits, steps, plus, others, amplitude, neurons)
+        return neurons.said()
 
     def _shape(self, bits: Tensor) -> tuple[int, int, int, int]:
         images, height, width, _ = bits.shape
@@ -142,30 +184,13 @@ class EventLayer:
         plus: Tensor | None = None,
         more: Tensor | None = None,
         amplitude: Tensor | None = None,
-        theta: Tensor | None = None,
-        start: Tensor | None = None,
+        neurons: _Neurons | None = None,
         out: Tensor | None = None,
-        fired: Tensor | None = None,
-        count: Tensor | None = None,
-        residual: Tensor | None = None,
     ) -> None:
         """`fire_events` of events.c, in its order."""
-        given = (
-            bits,
-            self.weight,
-            self.sums,
-            self.bias,
-            self.scale,
-            plus,
-            more,
-            amplitude,
-            theta,
-            start,
-            out,
-            fired,
-            count,
-            residual,
-        )
+        theta, start, *said = neurons or (None,) * 5
+        own = (self.weight, self.sums, self.bias, self.scale)
+        given = (bits, *own, plus, more, amplitude, theta, start, out, *said)
         places = (None if tensor is None else tensor.data_ptr() for tensor in given)
         images, height, width, _ = bits.shape
         rows, columns, channels, outputs = self.weight.shape

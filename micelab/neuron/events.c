@@ -249,6 +249,43 @@ void unpack_spikes(const uint8_t *packed, const float *amplitude, float *values,
     }
 }
 
+/* a place's plain neurons, whose currents are at hand: those of the next step lie `ahead` numbers further, or, where it is 0, are the
+   same; theta and start are of each channel, count may be NULL */
+INLINE void fire_place(const float *currents, int64_t ahead, const float *theta, const float *start, uint8_t *fired, float *count,
+                       float *residual, int64_t steps, int64_t place, int64_t places, int64_t channels)
+{
+    for (int64_t at = 0; at < channels; at += LANES) {
+        const int64_t here = place * channels + at;
+        const vector bound = load(theta + at), one = (vector){0} + 1.0f;
+        vector v = load(start + at), sent = {0}, current = load(currents + here);
+        for (int64_t step = 0; step < steps; step++) {
+            if (ahead)
+                current = load(currents + step * ahead + here);
+            v += current;
+            const bits spikes = reached(v, bound);
+            memcpy(fired + (step * places * channels + here) / GROUP, &spikes, sizeof spikes);
+            v -= where(spikes, bound);
+            sent += where(spikes, one);
+        }
+        keep(residual + here, v);
+        if (count)
+            keep(count + here, sent);
+    }
+}
+
+/* currents [steps, or one for all][places][channels], channels a multiple of 16, to bits `fired` [steps][places][eights] */
+void fire_bits(const float *currents, const float *theta, const float *start, uint8_t *fired, float *count, float *residual,
+               int64_t steps, int64_t ahead, int64_t places, int64_t channels, int threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t place = 0; place < places; place++) {
+        if (ahead)
+            fire_place(currents, ahead, theta, start, fired, count, residual, steps, place, places, channels);
+        else
+            fire_place(currents, 0, theta, start, fired, count, residual, steps, place, places, channels);
+    }
+}
+
 INLINE void all_sets(const void *weights, void *sums, int64_t taps, int64_t channels, int64_t outputs, const int whole)
 {
     const int64_t size = whole ? sizeof(int16_t) : sizeof(float);

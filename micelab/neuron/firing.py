@@ -129,6 +129,22 @@ def step_by_step(
     return fired, v
 
 
+@torch.no_grad()
+def left(current: Tensor, theta: Tensor, v0: Tensor, time_steps: int) -> Tensor:
+    """The residual that `fire` gives back for plain neurons charged by `current` [N, ...] at each of T = `time_steps` steps.
+
+    >>> left(torch.tensor([0.3]), torch.tensor(1.0), torch.tensor(0.5), time_steps=2)  # 0.5 + 0.3 + 0.3 - 1
+    tensor([0.1000])
+    """
+    v = torch.empty_like(current, dtype=torch.promote_types(current.dtype, torch.float32))
+    theta = over_channels(theta, v)
+    v.copy_((over_channels(v0, v) * theta).expand_as(v))
+    for _ in range(time_steps):
+        v += current
+        v -= torch.ge(v, theta).to(v.dtype) * theta
+    return v
+
+
 def over_time(current: Tensor) -> Tensor:
     """Mean of [T, N, ...] over T, [N, ...]; where every step is one and the same number (an expanded tensor), that number.
 
