@@ -60,7 +60,7 @@ def _wrong_remedy(value: Any) -> str:
 
 @exercise(
     "05-remedies",
-    hint="which of them changes the staircase, which its upper end, and which what the order of the spikes does?",
+    hint="which of them changes the staircase, which its upper end, and which the effect of the spikes' order?",
     praise="Each acts on one error and does not see the other two; a loss computed from true spikes sees all three.",
     judge=_wrong_remedy,
 )
