@@ -15,6 +15,7 @@ RESULTS = {name: ROOT / "data" / "results" / f"{name}-accuracy-over-time.json" f
 ANNS = {  # shipped networks that are no spiking ones: the least that each knows of the test images, and its epochs
     "resnet20a-cifar10-relu": (0.915, 81),
     "resnet20a-cifar10-qcfs": (0.905, 60),
+    "resnet20a-cifar10-noise": (0.885, 66),
     "resnet20a-cifar100-relu": (0.655, 40),
     "resnet20a-cifar100-qcfs": (0.645, 54),
     "resnet20c-cifar10-qcfs": (0.915, 33),
