@@ -24,7 +24,7 @@ from typing import Any
 
 import peers
 import torch
-from simulation import convolutions_alone, on_a_grid
+from simulation import convolutions_alone
 from torch import Tensor, nn
 
 import micelab
@@ -57,13 +57,13 @@ def neurons_alike(device: str, small: bool) -> list[dict[str, Any]]:
 
 def counts_alike(snn: micelab.SpikingNetwork, images: Tensor, time_steps: int, device: str) -> dict[str, Any]:
     """Spike counts of every layer on `device` and on the CPU, weights on a grid: how many neurons differ."""
-    snapped, bits = on_a_grid(snn, time_steps)
+    snapped = micelab.snap_to_grid(snn, time_steps=time_steps)
     expected = snapped.simulate(images, time_steps, record="counts")
     run = copy.deepcopy(snapped).to(device).simulate(images.to(device), time_steps, record="counts")
     pairs = [(layer.count, run.layers[name].count.cpu()) for name, layer in expected.layers.items()]
     found = {"neurons": sum(here.numel() for here, _ in pairs), "spikes": sum(int(here.sum()) for here, _ in pairs)}
-    found |= {"different": sum(int((here != there).sum()) for here, there in pairs), "bits": bits}
-    return found | {"time_steps": time_steps, "images": len(images), "layers": len(pairs)}
+    found |= {"different": sum(int((here != there).sum()) for here, there in pairs), "time_steps": time_steps}
+    return found | {"fewest_bits": min(snapped.spec["grid"]["bits"].values()), "images": len(images), "layers": len(pairs)}
 
 
 def spikingjelly_ways(snn: micelab.SpikingNetwork, time_steps: int, chunk: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -206,9 +206,9 @@ def page(results: dict[str, Any]) -> str:
         counts = found["counts"]
         lines += ["", f"## {name}", ""]
         lines.append(
-            f"Spike counts, weights on a 2^-{counts['bits']} grid: {counts['different']} of {counts['neurons']:,} neurons in "
-            f"{counts['layers']} layers differ from the CPU's ({counts['images']} images, T = {counts['time_steps']}, "
-            f"{counts['spikes']:,} spikes)."
+            f"Spike counts, weights on grids of 2^-{counts['fewest_bits']} and finer: {counts['different']} of "
+            f"{counts['neurons']:,} neurons in {counts['layers']} layers differ from the CPU's ({counts['images']} images, "
+            f"T = {counts['time_steps']}, {counts['spikes']:,} spikes)."
         )
         lines += ["", f"{found['images']} images:", ""]
         columns = ("images_per_second", "lowest", "highest", "share_of_floor", "peak_mb", "same_predictions")

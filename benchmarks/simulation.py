@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 import micelab
 from micelab.checkpoint import write_json
-from micelab.exceptions import InputError
 from micelab.graph import replace_activations
 from micelab.machine import full_precision, has_bf16, machine
 from micelab.network.memory import in_chunks
@@ -89,23 +88,12 @@ def peak_memory(snn: micelab.SpikingNetwork) -> dict[str, int]:
     return found | {"all_kept_mb": resident()}
 
 
-def on_a_grid(snn: micelab.SpikingNetwork, time_steps: int) -> tuple[micelab.SpikingNetwork, int]:
-    """A copy on the finest grid on which no sum can pass 2^24 units, where fp32 is exact in any order; and its bits."""
-    for bits in range(8, 0, -1):
-        try:
-            return micelab.snap_to_grid(snn, bits=bits, value_bits=min(bits, 6), time_steps=time_steps), bits
-        except InputError as error:
-            refused = error
-    raise refused
-
-
 def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_steps: int, images: int) -> dict[str, Any]:
     """Accuracy in fp32, of the fast modes that the device has and on the grid, on so many test images; for how many of them, as a
     share, the answer is that of fp32; and the shares that only fp32 had right (lost), and only the other way (won)."""
     device = next(snn.layers.parameters()).device
     ways: dict[str, Any] = {mode: (snn, mode) for mode in PRECISIONS[1:] if is_here(mode, device)}
-    snapped, bits = on_a_grid(snn, time_steps)
-    ways["grid"] = (snapped, "auto")
+    ways["grid"] = (micelab.snap_to_grid(snn, time_steps=time_steps), "auto")
     answers: dict[str, list[Tensor]] = {name: [] for name in ways}
     labels = []
     for pixels, classes in data.test.head(images).batches(500, device=device):
@@ -119,7 +107,7 @@ def accuracies(snn: micelab.SpikingNetwork, data: micelab.data.ImageData, time_s
         shares = {"accuracy": answer == right, "same_as_fp32": answer == exact}
         shares |= {"lost": (exact == right) & (answer != right), "won": (exact != right) & (answer == right)}
         found[name] = {key: round(float(share.double().mean()), 4) for key, share in shares.items()}
-    found["grid"]["bits"] = bits
+    found["grid"]["fewest_bits"] = min(ways["grid"][0].spec["grid"]["bits"].values())
     return found
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import micelab
-from micelab.exceptions import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,16 +54,6 @@ def test_the_whole_command_writes_numbers_and_a_page(gpu, tiny, tmp_path, monkey
         assert f"| {count} at a time, called | " in page
     assert "12 of 12 cases equal the CPU's" in page
     assert results["training"] == {}
-
-
-def test_the_grid_is_the_finest_on_which_sums_are_exact(gpu, tiny):
-    snapped, bits = gpu.on_a_grid(tiny, 4)
-    assert (bits, snapped.most_steps) == (8, 4)
-    snn, steps = micelab.convert(gpu.random_network(width=8), "qcfs"), 512
-    snapped, bits = gpu.on_a_grid(snn, steps)
-    assert bits < 8
-    with pytest.raises(InputError, match=r"exact up to 2\^24 units"):
-        micelab.snap_to_grid(snn, bits=bits + 1, value_bits=min(bits + 1, 6), time_steps=steps)
 
 
 def test_a_trained_network_is_measured_with_its_spikes(gpu, tmp_path):

@@ -21,9 +21,9 @@ def pictures(images=5, seed=1):
     return torch.rand(images, *SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def snapped(narrow_snn):
-    return snap_to_grid(narrow_snn, bits=8, time_steps=8, shape=SIDE)
+@pytest.fixture(scope="module", params=[8, None], ids=["8 bits", "as many bits as fit"])
+def snapped(narrow_snn, request):
+    return snap_to_grid(narrow_snn, bits=request.param, time_steps=8, shape=SIDE)
 
 
 def permuted(snn, seed):
@@ -78,10 +78,12 @@ def test_counts_in_fp64_are_those_in_fp32(snapped):
 
 def test_numbers_lie_on_their_grids_and_the_model_is_not_changed(narrow_snn, snapped):
     off_grid = lambda tensor, bits: bool((tensor * 2**bits).frac().any())
-    for module in snapped.layers.modules():
+    bits = snapped.spec["grid"]["bits"]
+    for name, module in snapped.layers.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            assert not off_grid(module.weight, 8)
-            assert not off_grid(module.bias, 14)
+            assert not off_grid(module.weight, bits[name])
+            assert not off_grid(module.bias, bits[name] + 6)
+    assert not any(off_grid(neuron.v0, bits[name]) for name, neuron in snapped.neurons.items())
     assert not any(off_grid(neuron.theta, 6) for neuron in snapped.neurons.values())
     assert off_grid(narrow_snn.layers.get_submodule("blocks.0.conv1").weight, 8)
     assert not hasattr(narrow_snn.layers, "image_grid")
@@ -98,6 +100,38 @@ def test_largest_sum_of_a_small_network_is_the_one_worked_out_by_hand():
     assert snap_to_grid(snn, 10, 10, time_steps=4, shape=(2,)).most_steps == 4
     with pytest.raises(InputError, match=r"layer `1`: membrane potentials within 5 steps could reach 17.5.*1 less in sum"):
         snap_to_grid(snn, 10, 10, time_steps=5, shape=(2,))
+
+
+def loud():
+    """Two layers, of which the second has sums a thousand times as large as the first's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 2))
+    with torch.no_grad():
+        net[2].weight.mul_(1000)
+    return convert(net, "max", pictures(), time_steps=8)
+
+
+def test_by_default_each_layer_has_as_many_bits_as_its_sums_have_room_for():
+    snn = loud()
+    snapped = snap_to_grid(snn, shape=SIDE)
+    bits = snapped.spec["grid"]["bits"]
+    assert bits["0"] > bits["2"] + 3  # where the sums are large
+    assert bits["5"] == 16  # before no neuron
+    for layer in ("0", "2"):  # with one more it is refused: that is all there is room for
+        with pytest.raises(InputError, match=rf"layer `{int(layer) + 1}`: membrane potentials within 8 steps could reach"):
+            snap_to_grid(snn, bits=bits[layer] + 1, shape=SIDE)
+    with pytest.raises(InputError, match="layer `2`: sums could reach"):
+        snap_to_grid(snn, bits=bits["0"], shape=SIDE)
+    expected = copy.deepcopy(snapped).double().simulate(pictures(), 8)
+    run = snapped.simulate(pictures(), 8, chunk=2)
+    for name, layer in run.layers.items():
+        assert torch.equal(layer.residual.double(), expected.layers[name].residual), name
+        assert layer.count.any(), name
+
+
+def test_where_not_one_bit_fits_it_is_refused_by_name():
+    with pytest.raises(InputError, match=r"layer `3`: membrane potentials within 4096 steps .* give fewer bits or value_bits"):
+        snap_to_grid(loud(), value_bits=12, time_steps=4096, shape=SIDE)
 
 
 def test_a_longer_simulation_than_it_was_made_for_is_refused(snapped):
