@@ -183,9 +183,10 @@ class SpikeClip(QuantClip):
     def like(cls, activation: TrainableClip, levels: int) -> SpikeClip:
         """One with the bound (and start) of another activation."""
         own = cls(levels)
-        own.log_theta = nn.Parameter(activation.log_theta.detach().clone())
+        own.log_theta = nn.Parameter(activation.log_theta.detach().clone(), activation.log_theta.requires_grad)
         start = activation.v0_start.detach() if isinstance(activation, SpikeClip) else torch.full_like(own.log_theta, 0.5)
-        own.v0_start = nn.Parameter(start.clone())
+        trained = activation.v0_start if isinstance(activation, SpikeClip) else activation.log_theta
+        own.v0_start = nn.Parameter(start.clone(), trained.requires_grad)
         return own
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -38,14 +39,29 @@ def write_whole(path: Path, content: bytes) -> None:
         raise CheckpointError(f"{path} could not be written ({why}); what was there before is whole") from error
 
 
+def make_folder(path: Path) -> None:
+    """A folder to write into, made where there is none. Raises CheckpointError where there cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} is no folder that can be written ({error.strerror or error}): choose another") from error
+
+
 def write_json(path: Path, words: Any) -> None:
     """`words` as indented JSON, in one step."""
     write_whole(path, (json.dumps(words, indent=1) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
-    """Tensors and a JSON dict in one safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors and a JSON dict in one safetensors file; each has its own numbers there, also where two share their memory."""
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        plain[name] = own.clone() if (place := own.untyped_storage().data_ptr()) in taken else own
+        taken.add(place)
     write_whole(path, to_bytes(plain, {"micelab": json.dumps(words)}))
 
 
@@ -88,6 +104,8 @@ def save(model: nn.Module, path: str | Path, card: dict[str, Any] | None = None,
     """
     check_spec(model)
     path = Path(path)
+    if not path.name:
+        raise CheckpointError(f"{str(path)!r} is no file that a network could be written to: give one")
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")  # "lr0.1" is no ending
     tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
     write_tensors(path, tensors, {"spec": model.spec, "card": card or {}})

@@ -65,16 +65,6 @@ def convert(
     start = chosen.v0 if v0 is None else v0
     seen = dict.fromkeys(activations(traced), (torch.zeros(1, 0), torch.ones(1)))
     first: list[Tensor] = []
-    if chosen.needs_images:
-        if calibration is None:
-            what = "thresholds" if chosen.calibrates else "biases"
-            raise InputError(f"method {method!r} sets {what} from data: give calibration=images (some training images)")
-        observer = _Observer(traced, _known(calibration)) if chosen.calibrates else None
-        first = _look(calibration, observer, 0 if chosen.calibrate is None else CALIBRATION_IMAGES, _home(traced))
-        seen = seen if observer is None else observer.seen()
-    if chosen.calibrate is not None:
-        images = torch.cat(first).to(_home(traced))
-        means = ann_means(traced, images)
 
     def neuron(name: str, activation: nn.Module) -> IntegrateFire:
         samples, highest = seen[name]
@@ -92,6 +82,20 @@ def convert(
                 theta = torch.minimum(theta, bound.to(theta))
         theta = theta.reshape(()) if theta.numel() == 1 else theta
         return chosen.neuron(theta, begin, chosen.signed if signed is None else signed, layer=name)
+
+    if not chosen.calibrates:  # an activation that does not suit is said before images are asked for
+        for name, activation in activations(traced).items():
+            neuron(name, activation)
+    if chosen.needs_images:
+        if calibration is None:
+            what = "thresholds" if chosen.calibrates else "biases"
+            raise InputError(f"method {method!r} sets {what} from data: give calibration=images (some training images)")
+        observer = _Observer(traced, _known(calibration)) if chosen.calibrates else None
+        first = _look(calibration, observer, 0 if chosen.calibrate is None else CALIBRATION_IMAGES, _home(traced))
+        seen = seen if observer is None else observer.seen()
+    if chosen.calibrate is not None:
+        images = torch.cat(first).to(_home(traced))
+        means = ann_means(traced, images)
 
     spiking = replace_activations(traced, neuron).requires_grad_(False).to(_home(traced).device)
     snn = SpikingNetwork(spiking, method, time_steps, chosen.hidden_steps)

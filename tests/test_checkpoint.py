@@ -251,6 +251,11 @@ def test_a_network_of_the_callers_own_making_cannot_be_saved_by_spec(tmp_path):
         checkpoint.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "own")
 
 
+def test_a_place_without_a_name_is_refused(saved):
+    with pytest.raises(CheckpointError, match="is no file that a network could be written to"):
+        checkpoint.save(checkpoint.load(saved), "")
+
+
 def test_a_disk_that_fills_up_leaves_the_old_file_whole(saved, monkeypatch):
     before = saved.read_bytes()
 

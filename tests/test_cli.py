@@ -172,6 +172,47 @@ def test_a_calibrating_method_that_fits_no_network_is_said_too(tmp_path):
         assert f"method '{method}' takes none of these networks (small_cnn (width 16), spike_clip levels=2)" in result.output
 
 
+def test_a_method_that_needs_a_trained_bound_and_images_names_the_layer(tmp_path):
+    net = micelab.small_cnn(activation="relu")
+    net.card = {"dataset": "digits"}
+    path = micelab.save(net, tmp_path / "relu", net.card)
+    result = run("evaluate", path, "--method", "step_bias")
+    assert result.exit_code == 2
+    assert "layer `stem.2`" in result.stderr
+    assert "calibration=" not in result.stderr
+
+
+def test_networks_of_two_shapes_are_not_held_against_each_other(checkpoint, tmp_path, monkeypatch):
+    other = micelab.save(micelab.resnet20(width=4, in_channels=1, activation="quant_clip"), tmp_path / "b", {"dataset": "digits"})
+    monkeypatch.setattr("micelab.report.compare.accuracy", lambda *_: pytest.fail("it measured"))
+    result = run("explain", checkpoint, "--before", other, "--images", 20)
+    assert result.exit_code == 2
+    assert "is not in" in result.stderr
+    assert "networks of one shape alone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--kind", "A"), "--kind is for resnet20, and the network is small_cnn"),
+        (("--activation", "relu", "--levels", "4"), "--levels is for quant_clip, and --activation relu has none"),
+    ],
+)
+def test_an_option_of_another_network_is_not_dropped_in_silence(words, text, tmp_path):
+    result = run("train", *words, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_on_a_card_begins_a_run(tmp_path, monkeypatch):
+    words = ["train", "--epochs", "1", "--out", str(tmp_path / "run")]
+    for more in ((), ("--resume",)):
+        monkeypatch.setattr("sys.argv", ["micelab", *words, *more])
+        assert run(*words, *more).exit_code == 0
+        assert json.loads((tmp_path / "run" / "model.json").read_text())["command"] == f"micelab {' '.join(words)}"
+
+
 def test_networks_of_different_data_are_not_measured_on_the_first_ones(tmp_path):
     for name, data in (("a", "digits"), ("b", "cifar10")):
         micelab.save(micelab.small_cnn(activation="relu" if name == "a" else "quant_clip"), tmp_path / name, {"dataset": data})

@@ -431,13 +431,61 @@ def test_a_network_whose_spec_is_empty_is_one_without_and_trains(few, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+class InTwoModes(nn.Module):
+    """A network that does something else in training, and whose last convolution has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.again, self.head = self.second, nn.Linear(144, 10)
+        self.acts = nn.ModuleList([QuantClip(4, 1.0) for _ in range(3)])
+
+    def forward(self, x):
+        x = nn.functional.dropout(self.acts[0](self.first(x)), 0.5, training=self.training)
+        x = self.acts[2](self.again(self.acts[1](self.second(x))))
+        return self.head(x.flatten(1)) * (10 if self.training else 1)
+
+
+@pytest.mark.parametrize("kind", [SpikesInTheLoop, SpikesThroughTime])
+def test_what_is_trained_is_the_network_in_evaluation(kind):
+    net = prepare(InTwoModes(), 4).train()
+    images = torch.rand(3, 1, 8, 8)
+    logits, _ = kind(net)(images, 4)
+    simulated = micelab.convert(net, "mice").simulate(images, 4).logits[-1]
+    torch.testing.assert_close(logits, simulated, rtol=1e-4, atol=1e-5)
+    assert all(module.training for module in net.modules())
+
+
+def test_weights_of_two_names_are_trained_kept_and_resumed(few, tmp_path):
+    config = JointConfig(epochs=1, time_steps=(2,), batch_size=64)
+    net = joint.train(config, tmp_path, few, model=InTwoModes(), progress=False)
+    again = joint.train(config, tmp_path, few, model=InTwoModes(), progress=False, resume=True)
+    assert torch.equal(net.second.weight, again.second.weight)
+    assert again.again is again.second
+
+
+def test_a_frozen_bound_stays_frozen():
+    ann = micelab.small_cnn(activation="quant_clip").requires_grad_(False)
+    net = prepare(ann, 2)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert all(parameter.requires_grad for parameter in prepare(micelab.small_cnn(activation="quant_clip"), 2).parameters())
+
+
+@pytest.mark.parametrize("time_steps", [1, 4])
+def test_batch_norm_of_one_value_a_channel_is_named(time_steps):
+    net = prepare(nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.BatchNorm1d(2), QuantClip(4, 1.0), nn.Linear(2, 3)), 4)
+    with pytest.raises(InputError, match=r"layer `2` is batch-norm, and has one value a channel .* a higher --batch-size"):
+        SpikesInTheLoop(net.train())(torch.rand(1, 1, 2, 2), time_steps)
+    assert net[2].running_var.isfinite().all()
+
+
 def test_a_teacher_that_teaches_nothing_is_refused():
     with pytest.raises(InputError, match=r"--teacher nobody teaches nothing where --distill is 0: give its weight"):
         JointConfig(teacher="nobody")
 
 
 def test_a_network_for_other_channels_is_refused(few, tmp_path):
-    with pytest.raises(InputError, match="images have 1 channels, and this network was made for 3"):
+    with pytest.raises(InputError, match=r"cannot take images of digits.* 1 channels, and this network was made for 3"):
         joint.train(JointConfig(), tmp_path, few, model=micelab.small_cnn(activation="quant_clip", in_channels=3))
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), QuantClip(4, 1.0), nn.Flatten(), nn.Linear(144, 10))
     with pytest.raises(InputError, match=r"the network cannot take images of digits, \(1, 8, 8\): "):

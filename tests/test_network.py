@@ -322,6 +322,45 @@ def test_bf16_falls_back_to_fp32_and_says_so_once_where_the_machine_lacks_it(mon
     ]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "events"])
+def test_a_callers_autocast_does_not_change_the_arithmetic(precision):
+    torch.manual_seed(0)
+    snn = micelab.convert(micelab.small_cnn(width=16, activation="quant_clip", theta=1.0), "qcfs")
+    images = torch.rand(3, 1, 8, 8)
+    expected = snn.simulate(images, 4, precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        run = snn.simulate(images, 4, precision=precision)
+    assert run.logits.dtype == torch.float32
+    assert torch.equal(run.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.reshape(shape=(x.shape[0], -1)),
+        lambda x: x.view(size=(x.size(0), -1)),
+        lambda x: torch.reshape(input=x, shape=(x.shape[0], -1)),
+        lambda x: torch.reshape(x, shape=(x.shape[0], -1)),
+        lambda x: x.reshape(x.shape[0], x.numel() // x.shape[0]),
+    ],
+    ids=["by name", "view", "all by name", "half by name", "numel"],
+)
+def test_a_reshape_is_one_however_it_is_written(flat):
+    class Flattens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.head = nn.Conv2d(1, 4, 3), micelab.QuantClip(4, 1.0), nn.Linear(144, 3)
+
+        def forward(self, x):
+            return self.head(flat(self.act(self.conv(x))))
+
+    torch.manual_seed(0)
+    net, images = Flattens().eval(), torch.rand(2, 1, 8, 8)
+    assert micelab.checkup(net, images)
+    plain = micelab.convert(nn.Sequential(net.conv, net.act, nn.Flatten(), net.head), "qcfs").simulate(images, 4)
+    torch.testing.assert_close(micelab.convert(net, "qcfs").simulate(images, 4).logits, plain.logits)
+
+
 def test_another_precision_is_refused():
     with pytest.raises(InputError, match="precision is 'fp16': choose 'auto', 'fp32', 'events', 'bf16x3', 'bf16' or 'int8'"):
         spiking().simulate(digits(), 2, precision="fp16")

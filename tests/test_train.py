@@ -227,6 +227,14 @@ def test_the_rate_climbs_then_falls_to_zero(tmp_path, digits, monkeypatch):
     assert rates[-1] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("warmup_epochs", [0.1, 0.3, 1.7])
+def test_a_warm_up_of_no_whole_number_of_steps_stays_below_the_highest_rate(tmp_path, digits, monkeypatch, warmup_epochs):
+    rates, whole = [], train.run.Run.rate
+    monkeypatch.setattr(train.run.Run, "rate", lambda run: rates.append(whole(run)) or rates[-1])
+    train.train(TrainConfig(**SMALL | {"epochs": 4}, lr=0.1, warmup_epochs=warmup_epochs), tmp_path, digits)
+    assert 0.09 < max(rates) <= 0.1
+
+
 # What goes wrong
 
 
@@ -252,6 +260,47 @@ def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):
 def test_resuming_nothing_says_so(tmp_path, digits):
     with pytest.raises(CheckpointError, match="holds no run to resume: start it without --resume"):
         train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (
+            lambda file: file.unlink(),
+            "metrics.jsonl cannot be read .*No such file.* put it back, or begin again",
+        ),
+        (lambda file: file.write_bytes(file.read_bytes()[:-20]), "metrics.jsonl cannot be read"),
+        (lambda file: file.write_text(file.read_text().splitlines()[0]), f"tells of 1 epochs, and {SMALL['epochs']} are over"),
+    ],
+    ids=["lost", "cut off", "of fewer epochs"],
+)
+def test_what_the_card_is_made_from_must_be_there_when_a_run_goes_on(tmp_path, digits, spoil, text):
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    spoil(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=text):
+        train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+
+
+def test_a_network_is_not_taken_for_the_state_of_a_run(tmp_path, digits):
+    train.train(TrainConfig(**SMALL), tmp_path, digits)
+    (tmp_path / "state.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"state.safetensors holds a network and no state of a run"):
+        train.train(TrainConfig(**SMALL), tmp_path, digits, resume=True)
+
+
+def test_a_folder_that_cannot_be_is_said_before_the_first_epoch(tmp_path, digits, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(train.run.Run, "one_epoch", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(CheckpointError, match=r"file is no folder that can be written .*choose another"):
+        train.train(TrainConfig(**SMALL), tmp_path / "file", digits)
+
+
+def test_images_that_are_no_squares_are_trained_on_as_they_are_or_not_at_all(digits):
+    tall = dataclasses.replace(digits.train, images=digits.train.images.repeat_interleave(2, 2))
+    with pytest.raises(InputError, match="images are of 16 x 8 pixels, and --augment standard crops squares"):
+        train.batches.TrainingBatches(tall, 32, "standard", 0)
+    images, _ = next(train.batches.TrainingBatches(tall, 32, "none", 0).epoch(0))
+    assert images.shape == (32, 1, 16, 8)
 
 
 def test_a_run_is_not_overwritten_by_another(tmp_path, digits):
@@ -519,6 +568,15 @@ def test_the_command_lists_the_runs_and_makes_them_again(chain, tmp_path):
     assert f"test: {accuracy}, {accuracy} on the card" in said
 
 
+def test_a_folder_with_another_networks_runs_is_refused(chain, tmp_path):
+    remake.remake(chain, tmp_path, progress=False)
+    network = checkpoint.load(chain)
+    network.card["recipe"]["lr"] = 0.01
+    other = checkpoint.save(network, tmp_path / "other", network.card)
+    with pytest.raises(InputError, match=r"2 holds another network's run \(lr was 0.05, is 0.01\): choose another --out"):
+        remake.remake(other, tmp_path, progress=False)
+
+
 def test_networks_that_cannot_be_made_again_say_why(chain, tmp_path):
     plain = checkpoint.save(small_cnn(), tmp_path / "plain")
     with pytest.raises(CheckpointError, match="has no card that tells how it was trained"):
@@ -556,6 +614,9 @@ def test_an_accuracy_leaves_every_layer_in_its_mode():
     assert [module.training for module in model.modules()] == before
     with pytest.raises(InputError, match="no images"):
         train.accuracy(model, split.head(0))
+    with pytest.raises(InputError, match="this network was made for 1"):
+        train.accuracy(model, dataclasses.replace(split, images=split.images.repeat(1, 3, 1, 1)))
+    assert [module.training for module in model.modules()] == before
 
 
 @pytest.mark.parametrize(

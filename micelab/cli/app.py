@@ -94,6 +94,6 @@ def parsed_steps(text: str) -> tuple[int, ...]:
     return steps
 
 
-def typed() -> str:
-    """The command line as it was typed."""
-    return shlex.join(["micelab", *sys.argv[1:]])
+def typed(without: str | None = None) -> str:
+    """The command line as it was typed, but for one option."""
+    return shlex.join(["micelab", *(word for word in sys.argv[1:] if word != without)])

@@ -145,7 +145,10 @@ def _stored(out: Path) -> dict[str, Any]:
         found = json.loads(out.read_text())
     except (ValueError, OSError) as error:
         raise InputError(f"{out} cannot be read as results ({error}): choose another --out") from error
-    if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
+    rows = found.get("results") if isinstance(found, dict) else None
+    if not isinstance(rows, dict) or not all(
+        isinstance(row, dict) and {"curve", "errors"} <= row.keys() for row in rows.values()
+    ):
         raise InputError(f"{out} does not hold results of `micelab evaluate`: choose another --out")
     return found
 

@@ -117,7 +117,7 @@ def train(
     keep_memory()
     out = out or Path("data/runs") / ((recipe or "latest") + ("-joint" if joint else ""))
     try:
-        model = carry(config, out, resume=resume, folder=data, command=typed())
+        model = carry(config, out, resume=resume, folder=data, command=typed(without="--resume"))
     except KeyboardInterrupt:
         logging.getLogger(__name__).info("stopped; the state is in %s: go on with --resume", out)
         raise

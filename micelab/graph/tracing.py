@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from micelab.activation import TrainableClip
@@ -104,7 +106,8 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
             raise ConversionError(f"{who(name, module)} only wraps a network, hiding its layers: use {inside} instead")
     tracer = _Tracer()
     try:
-        graph = tracer.trace(model)
+        with evaluating(model):  # what a network in training does otherwise is no part of it
+            graph = tracer.trace(model)
     except ConversionError:  # of WritingProxy, which knows more
         raise
     except Exception as error:  # whatever a forward does with a stand-in for its tensors
@@ -116,7 +119,31 @@ def as_graph(model: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "call_module" and not node.args and len(node.kwargs) == 1:  # act(input=x) is act(x)
             node.args, node.kwargs = tuple(node.kwargs.values()), {}
+        elif node.target in ("reshape", "view", torch.reshape):  # x.reshape(shape=(2, 3)) is x.reshape((2, 3))
+            named = {key: node.kwargs[key] for key in ("input", "shape", "size") if key in node.kwargs}
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key not in named}
+            node.args = (*node.args, *named.values())
     return fx.GraphModule(tracer.root, graph)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode, and every part of it back into its own mode afterwards.
+
+    >>> model = nn.Sequential(nn.Dropout()).train()
+    >>> with evaluating(model):
+    ...     model[0].training
+    False
+    >>> model[0].training
+    True
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def make_plain(traced: fx.GraphModule, refuse: Refuse = stop) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from micelab.activation import straight_through
-from micelab.exceptions import ConversionError
+from micelab.exceptions import ConversionError, InputError
 from micelab.graph.affine import BATCH_NORMS, is_size
 from micelab.graph.tracing import is_activation, module_of, read
 from micelab.joint import convolutions
@@ -199,6 +199,11 @@ class _Mean(TakesAlong):
         if not norm.training:
             out, mean, variance = norm(*args), norm.running_mean, norm.running_var
         else:
+            if args[0].numel() == args[0].shape[1]:
+                raise InputError(
+                    f"layer `{target}` is batch-norm, and has one value a channel in a batch: it needs more images, a higher "
+                    "--batch-size"
+                )
             norm.num_batches_tracked.add_(1)
             share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             affine = (norm.weight, norm.bias, norm.running_mean, norm.running_var)

@@ -109,10 +109,10 @@ class _JointRun(Run):
         if config.distill:
             teacher = start if config.teacher is None else checkpoint.load(config.teacher)
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(self.accelerator.device)
-        for name, network in (("--start", start), ("--teacher", self.teacher)):
+        for name, network in (("--start" if self.given is None else "the network", start), ("--teacher", self.teacher)):
             if network is None:
                 continue
-            if (found := classes_told(network, self.data)) != len(self.data.classes):
+            if (found := classes_told(network, self.data, name)) != len(self.data.classes):
                 raise InputError(
                     f"{name} tells {found} classes apart, {self.data.name} has {len(self.data.classes)}: choose another"
                 )

@@ -168,6 +168,8 @@ class TimeFolded(LayerRunner):
         if target == "size" and self.node.all_input_nodes[0] in self.over_time:
             size = self._one_step(args[0].shape)
             return size[args[1]] if len(args) > 1 else size[kwargs["dim"]] if kwargs else size
+        if target == "numel" and self.node.all_input_nodes[0] in self.over_time:
+            return self._one_step(args[0].shape).numel()
         if target == "reshape" and self.node in self.over_time:
             first, *rest = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
             args = (args[0], (len(args[0]) if first == self.images else first, *rest))

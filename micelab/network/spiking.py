@@ -258,7 +258,8 @@ class SpikingNetwork(nn.Module):
         prepared: dict[str, SpikeConvolution | None] | None = None,
     ) -> SimulationRun:
         images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-        with torch.no_grad(), sums_of_products(self.most_steps is not None):
+        own_arithmetic = torch.autocast(images.device.type, enabled=False)  # whatever the caller has around it
+        with torch.no_grad(), sums_of_products(self.most_steps is not None), own_arithmetic:
             runner = TimeFolded(self.layers, time_steps, len(images), record, spikes, precision, prepared)
             outputs = runner.counted(runner.run(images).unflatten(0, (runner.steps, len(images))))
             steps = torch.arange(1, time_steps + 1, device=outputs.device, dtype=outputs.dtype)

@@ -44,6 +44,8 @@ class ThresholdPanel(Panel):
         z = z.detach().flatten().double().cpu()
         if not len(z) or float(z.max()) <= 0:
             raise InputError("z holds nothing above 0: give the inputs of a layer that says something")
+        if not time_steps:
+            raise InputError("time_steps is empty: give the T to choose from, such as (1, 2, 4)")
         top = float(z.max())
         picked = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[: self.SAMPLES]
         self.z, self.layer = torch.cat([z[picked], z.max()[None]]), layer

@@ -15,6 +15,7 @@ from micelab.convert import convert
 from micelab.data import ImageData, SplitName, to_float
 from micelab.errors import ErrorTable, error_breakdown
 from micelab.exceptions import InputError
+from micelab.graph.tracing import activations, trace
 from micelab.machine import machine
 from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
 from micelab.models import describe
@@ -136,6 +137,8 @@ def compare(
     results = {}
     for name, ann in networks.items():
         _check_classes(name, ann, data)
+    if before is not None:
+        _check_same_layers(networks)
     for name, ann in tqdm(networks.items(), desc="methods", disable=not progress, leave=False):
         if id(ann) not in accuracies:
             accuracies[id(ann)] = accuracy(ann, chosen)
@@ -168,11 +171,23 @@ def _best_of(curves: Sequence[AccuracyCurve], time_steps: int) -> int:
 
 
 def _check_classes(row: str, network: nn.Module, data: ImageData) -> None:
-    if (found := classes_told(network, data)) != len(data.classes):
+    if (found := classes_told(network, data, f"the network of row {row!r}")) != len(data.classes):
         raise InputError(
             f"the network of row {row!r} tells {found} classes apart, {data.name} has {len(data.classes)}: leave it out, or "
             "measure it on the data it was trained on"
         )
+
+
+def _check_same_layers(networks: Mapping[str, nn.Module]) -> None:
+    """Raises InputError, naming a layer, where not all networks have the same activations."""
+    layers = {row: list(activations(trace(network))) for row, network in networks.items()}
+    for row, own in layers.items():
+        for other, there in layers.items():
+            if alone := [layer for layer in own if layer not in there]:
+                raise InputError(
+                    f"layer `{alone[0]}` of {row!r} is not in {other!r}: networks of one shape alone can be held against each "
+                    "other, layer by layer"
+                )
 
 
 def fitting(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

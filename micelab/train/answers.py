@@ -9,6 +9,7 @@ from torch import nn
 
 from micelab.data import ImageData, Split
 from micelab.exceptions import InputError, first_line
+from micelab.graph.tracing import evaluating
 
 
 def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu") -> float:
@@ -20,19 +21,15 @@ def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu")
     """
     if not len(split):
         raise InputError("there are no images to measure an accuracy on: give at least one")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(device=device))
-    for module, training in modes.items():
-        module.training = training
     return right / len(split)
 
 
-def classes_told(model: nn.Module, data: ImageData) -> int:
-    """How many classes `model` tells apart, for images like those of `data`."""
+def classes_told(model: nn.Module, data: ImageData, who: str = "the network") -> int:
+    """How many classes `model` tells apart, for images like those of `data`; an error calls it `who`."""
     with torch.inference_mode():
         try:
             return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
-        except RuntimeError as error:
-            raise InputError(f"the network cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error
+        except (RuntimeError, InputError) as error:
+            raise InputError(f"{who} cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error

@@ -51,7 +51,11 @@ class TrainingBatches:
             raise InputError(
                 f"batch size {batch_size} must be a multiple of the {world} processes, at most the {len(split)} training images"
             )
-        size = split.images.shape[-1]
+        height, size = split.images.shape[-2:]
+        if height != size and augment != "none":
+            raise InputError(
+                f"images are of {height} x {size} pixels, and --augment {augment} crops squares: make them square, or use none"
+            )
         self.transform, self.small = (augmentation(augment, side, flip) for side in (size, small_side(size)))
         self.small_epochs = small_epochs
         self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images

@@ -209,5 +209,11 @@ def choose(name: str | None, joint: bool, given: dict[str, Any]) -> Recipe:
     words = named.both | named.first | given
     words.setdefault("network", "small_cnn" if words.get("dataset", "digits") == "digits" else "resnet20")
     if words.get("activation") in ("relu", "clip"):
+        if given.get("levels") is not None:
+            raise InputError(f"--levels is for quant_clip, and --activation {words['activation']} has none: leave one out")
         words["levels"] = None
+    if words.get("kind") is not None and words["network"] != "resnet20":
+        raise InputError(
+            f"--kind is for resnet20, and the network is {words['network']}: add --network resnet20, or leave it out"
+        )
     return TrainConfig(**words)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from micelab import checkpoint
-from micelab.exceptions import CheckpointError
+from micelab.exceptions import CheckpointError, InputError
 from micelab.train.recipe import JointConfig, ThroughTimeConfig, TrainConfig
 from micelab.train.run import train
+from micelab.train.state import differences
 
 
 def runs(name: str | Path) -> list[dict[str, Any]]:
@@ -49,6 +50,7 @@ def remake(name: str | Path, out: str | Path, folder: str | Path | None = None, 
         recipe = recipe if start is None else replace(recipe, start=str(start))
         start = place / "model.safetensors"
         if start.exists():
+            _check_same(place, recipe)
             continue
         resume, command = (place / "state.safetensors").exists(), f"micelab remake {name}"
         if isinstance(recipe, JointConfig):
@@ -56,6 +58,14 @@ def remake(name: str | Path, out: str | Path, folder: str | Path | None = None, 
         else:
             train(recipe, place, None, resume, progress, folder, command)
     return checkpoint.load(str(start))
+
+
+def _check_same(place: Path, recipe: TrainConfig | JointConfig) -> None:
+    """Raises InputError where the run in the folder `place` is another than the one that is to be made there."""
+    was = getattr(checkpoint.load(place / "model.safetensors"), "card", {}).get("recipe", {})
+    was = was | {"start": recipe.start}  # the run before it, whatever its folder was called
+    if differ := differences(was, recipe):
+        raise InputError(f"{place} holds another network's run ({'; '.join(differ)}): choose another --out")
 
 
 def _recipe(words: dict[str, Any], name: str | Path) -> TrainConfig | JointConfig:

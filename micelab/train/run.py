@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from micelab import checkpoint, models
 from micelab.activation import NoisyQuantClip, TrainableClip
 from micelab.data import ImageData, load_data, to_float
-from micelab.exceptions import InputError, TrainingError
+from micelab.exceptions import CheckpointError, InputError, TrainingError
 from micelab.machine import compiled, has_bf16, ran_out
 from micelab.train import card, state
 from micelab.train.answers import accuracy
@@ -38,6 +38,7 @@ NOISE_IMAGES = 256
 """So many validation images tell the conversion error that noise training (NQ) trains with."""
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 _COUNTERS = ("epoch", "step", "sums", "seconds")
+_AGAIN = "put it back, or begin again in another --out"
 
 
 def train(
@@ -88,6 +89,7 @@ def carry_out(
         run.read_state()
     elif (out / "state.safetensors").exists():
         raise InputError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    checkpoint.make_folder(out)
     with _stop_signals() as stopped:
         while run.epoch < config.epochs:
             run.one_epoch(progress and accelerator.is_main_process, stopped)
@@ -176,7 +178,7 @@ class Run:
         config, done = self.config, self.epoch * len(self.batches) + self.step
         warm = min(config.warmup_epochs, config.epochs / 2) * len(self.batches)
         if done < warm:
-            return config.lr * (done + 1) / warm
+            return config.lr * min(1.0, (done + 1) / warm)
         return config.lr * 0.5 * (1 + math.cos(math.pi * (done - warm) / (config.epochs * len(self.batches) - warm)))
 
     def one_epoch(self, progress: bool, stopped: list[int]) -> None:
@@ -266,8 +268,7 @@ class Run:
         line["seconds"] = round(self.seconds, 2)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         if self.accelerator.is_main_process:
-            kept = self.history()[: self.epoch - 1]
-            lines = "".join(json.dumps(entry) + "\n" for entry in [*kept, line])
+            lines = "".join(json.dumps(entry) + "\n" for entry in [*self.history(self.epoch - 1), line])
             checkpoint.write_whole(self.out / "metrics.jsonl", lines.encode())
             self.write_state()
             log.info(
@@ -276,10 +277,18 @@ class Run:
                 *(100 * line["validation_accuracy"], line["seconds"]),
             )
 
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
+    def history(self, epochs: int) -> list[dict[str, Any]]:
+        """Of metrics.jsonl the lines of the first so many epochs. Raises CheckpointError where it does not have them."""
         file = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and self.epoch else []
+        if not epochs:
+            return []
+        try:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}), and the card is made from it: {_AGAIN}") from error
+        if len(lines) < epochs:
+            raise CheckpointError(f"{file} tells of {len(lines)} epochs, and {epochs} are over: {_AGAIN}")
+        return lines[:epochs]
 
     def write_state(self) -> None:
         if self.accelerator.is_main_process:
@@ -290,6 +299,8 @@ class Run:
         words = state.read(self.out / "state.safetensors", self.model, self.optimizer, self.config)
         for name in _COUNTERS:
             setattr(self, name, words[name])
+        if self.accelerator.is_main_process:
+            self.history(self.epoch)  # or it says so before hours of training
 
     def finish(self) -> None:
         """Makes the network what its file will hold, so that what is measured of it is true of the file."""
@@ -300,7 +311,7 @@ class Run:
 
     def card(self, command: str) -> dict[str, Any]:
         """What goes beside the network: what it is, how it was made, what it reaches."""
-        history = self.history()
+        history = self.history(self.epoch)
         measured = self.measure() if self.changed else history[-1]
         reached = {"validation_accuracy": measured["validation_accuracy"]}
         reached |= {"test_accuracy": accuracy(self.model, self.data.test, self.accelerator.device)}

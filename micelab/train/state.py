@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from micelab import checkpoint
 from micelab.exceptions import CheckpointError, InputError
+from micelab.train.recipe import Recipe
 
 
 def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words: dict[str, Any]) -> None:
@@ -23,21 +24,27 @@ def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, words:
     checkpoint.write_tensors(path, tensors, words)
 
 
+def differences(was: dict[str, Any], config: Recipe) -> list[str]:
+    """Each option in which a run of other options, as its file tells them, differs from `config`.
+
+    One that the file does not name is newer than it: there it had the default.
+    """
+    then = {field.name: field.default for field in fields(config)} | was
+    then, now = (json.loads(json.dumps(choices)) for choices in (then, asdict(config)))  # as read from a file
+    return [f"{name} was {then[name]!r}, is {now[name]!r}" for name in now if then[name] != now[name]]
+
+
 def read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any) -> dict[str, Any]:
     """Puts the state at `path` into model and optimizer, and gives back its words.
 
-    An option that the state does not name is newer than it: there it had the default. Raises CheckpointError where there is
-    none, and InputError naming each option in which it differs from `config`.
+    Raises CheckpointError where there is none, and InputError naming each option in which it differs from `config`.
     """
     if not path.exists():
         raise CheckpointError(f"{path.parent} holds no run to resume: start it without --resume")
     tensors, words = checkpoint.read_tensors(path)
-    defaults = {field.name: field.default for field in fields(config)}
-    was, now = (
-        json.loads(json.dumps(choices)) for choices in (defaults | words["config"], asdict(config))
-    )  # as read from a file
-    differ = [f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was[name] != now[name]]
-    if differ:
+    if "config" not in words:
+        raise CheckpointError(f"{path} holds a network and no state of a run: put the run's own file there, or begin it again")
+    if differ := differences(words["config"], config):
         raise InputError(f"{path.parent} was started with other options: {'; '.join(differ)}. Resume with the same ones")
     weights = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
     checkpoint.load_weights(model, weights, path)
