@@ -21,6 +21,7 @@ ANNS = {  # shipped networks that are no spiking ones: the least that each knows
     "resnet20c-cifar10-qcfs": (0.915, 33),
     "resnet20c-cifar10-relu": (0.92, 31),
     "resnet20c-cifar100-relu": (0.66, 23),
+    "resnet20c-cifar100-qcfs": (0.65, 25),
 }
 JOINT = {  # those trained jointly: T, and the least that they gain there over the quantized network on 500 images, of 1
     "resnet20a-cifar10-mice-t1": (1, 0.2),
@@ -32,6 +33,7 @@ JOINT = {  # those trained jointly: T, and the least that they gain there over t
     "resnet20a-cifar100-mice-t4": (4, 0.1),
     "resnet20a-cifar100-mice-t8": (8, 0.02),
     "resnet20c-cifar10-mice-t8": (8, 0.0),  # on 200 images
+    "resnet20c-cifar100-mice-t8": (8, 0.0),
 }
 
 
