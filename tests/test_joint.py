@@ -405,7 +405,7 @@ def test_a_start_is_needed_and_must_know_the_classes(few, tmp_path):
     with pytest.raises(InputError, match="name its checkpoint with --start"):
         joint.train(JointConfig(), tmp_path / "run", few)
     other = micelab.small_cnn(num_classes=7, activation="quant_clip")
-    with pytest.raises(InputError, match="--start tells 7 classes apart, digits has 10"):
+    with pytest.raises(InputError, match="the network tells 7 classes apart, digits has 10"):
         joint.train(JointConfig(), tmp_path / "run", few, model=other)
     checkpoint.save(other, tmp_path / "seven")
     config = JointConfig(distill=1.0, teacher=str(tmp_path / "seven.safetensors"))
