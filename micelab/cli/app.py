@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +22,13 @@ def to_write(path: Path | None) -> Path | None:
         return None
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: give the name of a file in it")
+    from micelab.checkpoint import make_folder
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        make_folder(path.parent)
+    except MicelabError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error}") from error
+    return path
 
 
 DatasetOption = Annotated[str, typer.Option(help="digits (embedded), cifar10, cifar100, or the path of a folder of images.")]

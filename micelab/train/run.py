@@ -6,7 +6,6 @@ where an undisturbed one ends, on the same machine and thread count.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -24,9 +23,9 @@ from torch.nn import functional as F
 from micelab import checkpoint, models
 from micelab.activation import NoisyQuantClip, TrainableClip
 from micelab.data import ImageData, load_data, to_float
-from micelab.exceptions import CheckpointError, InputError, TrainingError
+from micelab.exceptions import InputError, TrainingError
 from micelab.machine import compiled, has_bf16, ran_out
-from micelab.train import card, state
+from micelab.train import card, history, state
 from micelab.train.answers import accuracy
 from micelab.train.augment import small_side
 from micelab.train.batches import training_batches
@@ -38,7 +37,6 @@ NOISE_IMAGES = 256
 """So many validation images tell the conversion error that noise training (NQ) trains with."""
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 _COUNTERS = ("epoch", "step", "sums", "seconds")
-_AGAIN = "put it back, or begin again in another --out"
 
 
 def train(
@@ -107,6 +105,7 @@ class Run:
 
     def __init__(self, config: Any, out: Path, data: ImageData, accelerator: Any):
         self.config, self.out, self.data, self.accelerator = config, out, data, accelerator
+        self.metrics = out / "metrics.jsonl"
         self.batches = training_batches(
             data.train,
             config.batch_size,
@@ -268,27 +267,13 @@ class Run:
         line["seconds"] = round(self.seconds, 2)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         if self.accelerator.is_main_process:
-            lines = "".join(json.dumps(entry) + "\n" for entry in [*self.history(self.epoch - 1), line])
-            checkpoint.write_whole(self.out / "metrics.jsonl", lines.encode())
+            history.add(self.metrics, line)
             self.write_state()
             log.info(
                 "epoch %d/%d loss %.4f train %.2f %% validation %.2f %% %.0f s",
                 *(self.epoch, self.config.epochs, line["loss"], 100 * line["train_accuracy"]),
                 *(100 * line["validation_accuracy"], line["seconds"]),
             )
-
-    def history(self, epochs: int) -> list[dict[str, Any]]:
-        """Of metrics.jsonl the lines of the first so many epochs. Raises CheckpointError where it does not have them."""
-        file = self.out / "metrics.jsonl"
-        if not epochs:
-            return []
-        try:
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}), and the card is made from it: {_AGAIN}") from error
-        if len(lines) < epochs:
-            raise CheckpointError(f"{file} tells of {len(lines)} epochs, and {epochs} are over: {_AGAIN}")
-        return lines[:epochs]
 
     def write_state(self) -> None:
         if self.accelerator.is_main_process:
@@ -300,7 +285,7 @@ class Run:
         for name in _COUNTERS:
             setattr(self, name, words[name])
         if self.accelerator.is_main_process:
-            self.history(self.epoch)  # or it says so before hours of training
+            history.read(self.metrics, self.epoch)  # or it says so before hours of training
 
     def finish(self) -> None:
         """Makes the network what its file will hold, so that what is measured of it is true of the file."""
@@ -311,11 +296,11 @@ class Run:
 
     def card(self, command: str) -> dict[str, Any]:
         """What goes beside the network: what it is, how it was made, what it reaches."""
-        history = self.history(self.epoch)
-        measured = self.measure() if self.changed else history[-1]
+        epochs = history.read(self.metrics, self.epoch)
+        measured = self.measure() if self.changed else epochs[-1]
         reached = {"validation_accuracy": measured["validation_accuracy"]}
         reached |= {"test_accuracy": accuracy(self.model, self.data.test, self.accelerator.device)}
-        hours = sum(line["seconds"] for line in history) / 3600
+        hours = sum(line["seconds"] for line in epochs) / 3600
         return card.of_run(self.model, self.data, self.config, reached, hours, self.accelerator.num_processes, command)
 
 
