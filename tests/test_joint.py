@@ -479,9 +479,10 @@ def test_batch_norm_of_one_value_a_channel_is_named(time_steps):
     assert net[2].running_var.isfinite().all()
 
 
-def test_a_teacher_that_teaches_nothing_is_refused():
+@pytest.mark.parametrize("kind", [TrainConfig, JointConfig, ThroughTimeConfig])
+def test_a_teacher_that_teaches_nothing_is_refused(kind):
     with pytest.raises(InputError, match=r"--teacher nobody teaches nothing where --distill is 0: give its weight"):
-        JointConfig(teacher="nobody")
+        kind(teacher="nobody")
 
 
 def test_a_network_for_other_channels_is_refused(few, tmp_path):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import micelab
@@ -249,6 +250,79 @@ def test_smaller_crops_are_for_networks_and_augmentations_that_take_them(tmp_pat
     with pytest.raises(InputError, match=r"--small-crops 0.5: the network takes no images of 6 x 6; leave it out, or end"):
         joint.train(JointConfig(epochs=2, small_crops=0.5, batch_size=64), tmp_path / "own", digits, model=ann)
     assert not (tmp_path / "own" / "state.safetensors").exists()
+
+
+def test_a_network_that_learns_from_a_teacher_answers_more_like_it(tmp_path):
+    whole = load_data()
+    teacher = train.train(TrainConfig(epochs=12, activation="relu", levels=None), tmp_path / "teacher", whole)
+    name = str(tmp_path / "teacher" / "model.safetensors")
+    with torch.inference_mode():
+        images = whole.test.images.float() / 255
+        wanted = teacher(images).log_softmax(1)
+
+        def far(distill):
+            options = {"distill": distill, "teacher": name} if distill else {}
+            config = TrainConfig(**SMALL | {"epochs": 10, "lr": 0.03}, **options)
+            with torch.inference_mode(False):
+                student = train.train(config, tmp_path / f"{distill}", whole)
+            said = student(images).log_softmax(1)
+            return nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean").item()
+
+        assert far(4.0) < 0.8 * far(0.0)
+
+
+def test_a_teacher_is_the_start_where_none_is_named_and_must_know_the_classes(tmp_path, digits):
+    with pytest.raises(InputError, match=r"--distill learns another network's answers: name its checkpoint with --teacher"):
+        train.train(TrainConfig(**SMALL, distill=1.0), tmp_path / "run", digits)
+    start = str(checkpoint.save(small_cnn(width=8), tmp_path / "start"))
+    seen = train.run.Run(TrainConfig(**SMALL, distill=1.0, start=start), tmp_path / "run", digits, Accelerator(cpu=True)).teacher
+    assert torch.equal(seen.head.weight, checkpoint.load(start).head.weight)
+    assert not seen.training
+    assert not any(parameter.requires_grad for parameter in seen.parameters())
+    seven = str(checkpoint.save(small_cnn(width=8, num_classes=7), tmp_path / "seven"))
+    for options, name in (({"teacher": seven}, "--teacher"), ({"start": seven}, "--start")):
+        with pytest.raises(InputError, match=f"{name} tells 7 classes apart, digits has 10: choose another"):
+            train.train(TrainConfig(**SMALL, distill=1.0, **options), tmp_path / "run", digits)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bounds_begin_where_the_staircase_is_nearest_to_what_the_relu_network_does(tmp_path):
+    whole = load_data()
+    relu = train.train(TrainConfig(epochs=12, activation="relu", levels=None, width=8), tmp_path / "relu", whole)
+    start = str(tmp_path / "relu" / "model.safetensors")
+    plain, fitted = (TrainConfig(width=8, levels=3, theta=40.0, start=start, fit_theta=fit).build(whole) for fit in (False, True))
+    assert train.accuracy(plain, whole.test) < 0.5 < 0.8 < train.accuracy(fitted, whole.test)
+    clips = {name: module for name, module in fitted.named_modules() if isinstance(module, micelab.QuantClip)}
+    assert len(clips) == 4
+    seen = {}
+    for name in clips:
+        relu.get_submodule(name).register_forward_hook(lambda module, inputs, out, name=name: seen.update({name: (*inputs, out)}))
+    with torch.inference_mode():
+        relu(whole.train.images[:256].float() / 255)
+        for name, clip in clips.items():
+            z, wanted = seen[name]
+            errors = [
+                (micelab.QuantClip(3, float(clip.theta) * factor)(z) - wanted).square().mean() for factor in (0.9, 1.0, 1.1)
+            ]
+            assert errors[1] == min(errors), name
+    assert not any(module._forward_hooks for module in fitted.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "--fit-theta fits bounds to a ReLU network's activations: name one with --start"),
+        ({"start": "clips"}, "--fit-theta fits bounds to a ReLU network's activations: name one with --start"),
+        ({"start": "relu", "activation": "clip", "levels": None}, "--fit-theta is for bounds with levels, and --activation clip"),
+    ],
+)
+def test_bounds_are_fitted_to_a_relu_network_and_have_levels(tmp_path, monkeypatch, digits, options, words):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(small_cnn(width=8, activation="quant_clip"), "clips.safetensors")
+    checkpoint.save(small_cnn(width=8), "relu.safetensors")
+    options = {key: f"{value}.safetensors" if key == "start" else value for key, value in options.items()}
+    with pytest.raises(InputError, match=words):
+        train.train(TrainConfig(**SMALL | options, fit_theta=True), "run", digits)
 
 
 def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):

@@ -39,6 +39,10 @@ def train(
     ] = None,
     levels: Annotated[int | None, typer.Option(min=1, help="Levels of quant_clip [8].")] = None,
     theta: Annotated[float | None, typer.Option(help="Start of the clipping bounds [4].")] = None,
+    fit_theta: Annotated[
+        bool,
+        typer.Option("--fit-theta", help="Start the bounds where they suit the activations of --start, a ReLU network."),
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="[60; joint: 10]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="[128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate [0.1; joint: 0.001; through time: 0.05].")] = None,
@@ -56,6 +60,8 @@ def train(
         typer.Option(help="Share of the epochs, from the first, that see crops of 3/4 of the side, at half the cost [0]."),
     ] = None,
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
+    distill: Annotated[float | None, typer.Option(min=0, help="Weight of the divergence to --teacher [0].")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Checkpoint to distil from [--start].")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
     time_steps: Annotated[
         str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
@@ -64,8 +70,6 @@ def train(
         str | None,
         typer.Option(help="Joint: rates, of spike counts [that], or time, through time (up to T times an ANN's cost)."),
     ] = None,
-    distill: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the divergence to --teacher [0].")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Joint: checkpoint to distil from [--start].")] = None,
     penalty: Annotated[float | None, typer.Option(min=0, help="Joint: weight of the residual potential penalty [0].")] = None,
     average: Annotated[
         bool, typer.Option("--average", help="Joint: the mean of the final weights and those of --start, itself trained jointly.")
@@ -99,13 +103,12 @@ def train(
     common |= _given(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
     common |= _given(theta_lr=theta_lr, warmup_epochs=warmup_epochs, label_smoothing=label_smoothing)
     common |= _given(augment=augment, small_crops=small_crops, start=start, storage=storage)
+    common |= _given(distill=distill, teacher=teacher)
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
-    first |= {"compile": True} if compile else {}
+    first |= _given(compile=compile or None, fit_theta=fit_theta or None)
     second = _given(
         time_steps=parsed_steps(time_steps) if time_steps else None,
         gradient=gradient,
-        distill=distill,
-        teacher=teacher,
         penalty=penalty,
         average=average or None,
     )

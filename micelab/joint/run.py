@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from micelab import checkpoint
 from micelab.activation import SpikeClip, TrainableClip
@@ -24,7 +23,7 @@ from micelab.graph.tracing import activations, trace
 from micelab.joint.loop import SpikesInTheLoop
 from micelab.joint.through_time import SpikesThroughTime
 from micelab.metrics import accuracy_curve
-from micelab.train.answers import accuracy, classes_told
+from micelab.train.answers import accuracy, must_tell_the_classes
 from micelab.train.batches import mix
 from micelab.train.recipe import JointConfig
 from micelab.train.run import Run, carry_out
@@ -97,7 +96,6 @@ class _JointRun(Run):
 
     def __init__(self, *args: Any, model: nn.Module | None):
         self.given = model
-        self.teacher: nn.Module | None = None
         self.begun: dict[str, Tensor] = {}
         super().__init__(*args)
 
@@ -106,16 +104,7 @@ class _JointRun(Run):
         if self.given is None and config.start is None:
             raise InputError("joint training starts from a stage-1 network: name its checkpoint with --start")
         start = self.given if self.given is not None else checkpoint.load(config.start)
-        if config.distill:
-            teacher = start if config.teacher is None else checkpoint.load(config.teacher)
-            self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(self.accelerator.device)
-        for name, network in (("--start" if self.given is None else "the network", start), ("--teacher", self.teacher)):
-            if network is None:
-                continue
-            if (found := classes_told(network, self.data, name)) != len(self.data.classes):
-                raise InputError(
-                    f"{name} tells {found} classes apart, {self.data.name} has {len(self.data.classes)}: choose another"
-                )
+        must_tell_the_classes(start, self.data, "--start" if self.given is None else "the network")
         net = prepare(start, max(config.time_steps)).train()
         if config.average:
             if other := next((name for name, kind in activations(trace(start)).items() if not isinstance(kind, SpikeClip)), None):
@@ -124,6 +113,9 @@ class _JointRun(Run):
                 )
             self.begun = {name: value.clone() for name, value in net.state_dict().items()}
         return net
+
+    def make_teacher(self) -> nn.Module:
+        return self.given if self.given is not None and self.config.teacher is None else super().make_teacher()
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self.config.gradient == "time":
@@ -140,17 +132,8 @@ class _JointRun(Run):
         with self.autocast():
             logits, penalty = self.forward(images, config.time_steps[drawn], penalize=config.penalty > 0)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        if self.teacher is not None:
-            with torch.inference_mode(), self.autocast():
-                said = self.teacher(images)
-            wanted = F.log_softmax(said.float(), 1)
-            loss = loss + config.distill * F.kl_div(
-                F.log_softmax(logits, 1), wanted.clone(), log_target=True, reduction="batchmean"
-            )
-        if config.penalty:
-            loss = loss + config.penalty * penalty
-        return loss, logits
+        loss = self.loss_of(logits, images, labels)
+        return (loss + config.penalty * penalty if config.penalty else loss), logits
 
     def finish(self) -> None:
         if self.config.average:

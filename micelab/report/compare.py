@@ -20,7 +20,7 @@ from micelab.machine import machine
 from micelab.metrics import AccuracyCurve, Energy, LostPoints, Size, accuracy_curve, energy, lost_points, size
 from micelab.models import describe
 from micelab.network.spiking import Precision
-from micelab.train.answers import accuracy, classes_told
+from micelab.train.answers import accuracy, must_tell_the_classes
 
 TIME_STEPS = (1, 2, 4, 8, 16, 32)
 ERROR_IMAGES = 256
@@ -136,7 +136,7 @@ def compare(
     accuracies: dict[int, float] = {}
     results = {}
     for name, ann in networks.items():
-        _check_classes(name, ann, data)
+        must_tell_the_classes(ann, data, f"the network of row {name!r}")
     if before is not None:
         _check_same_layers(networks)
     for name, ann in tqdm(networks.items(), desc="methods", disable=not progress, leave=False):
@@ -168,14 +168,6 @@ def _best_of(curves: Sequence[AccuracyCurve], time_steps: int) -> int:
     nearest = min(curves[0].time_steps, key=lambda t: abs(t - time_steps))
     reached = [(curve.within(nearest) or 0.0, curve.at(nearest) if nearest in curve.time_steps else 0.0) for curve in curves]
     return reached.index(max(reached))
-
-
-def _check_classes(row: str, network: nn.Module, data: ImageData) -> None:
-    if (found := classes_told(network, data, f"the network of row {row!r}")) != len(data.classes):
-        raise InputError(
-            f"the network of row {row!r} tells {found} classes apart, {data.name} has {len(data.classes)}: leave it out, or "
-            "measure it on the data it was trained on"
-        )
 
 
 def _check_same_layers(networks: Mapping[str, nn.Module]) -> None:

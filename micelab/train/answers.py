@@ -33,3 +33,12 @@ def classes_told(model: nn.Module, data: ImageData, who: str = "the network") ->
             return int(copy.deepcopy(model).eval().cpu()(torch.zeros(1, *data.shape)).shape[-1])
         except (RuntimeError, InputError) as error:
             raise InputError(f"{who} cannot take images of {data.name}, {data.shape}: {first_line(error)}") from error
+
+
+def must_tell_the_classes(model: nn.Module, data: ImageData, who: str) -> None:
+    """Raises InputError where `model`, called `who`, does not tell as many classes apart as `data` has."""
+    if (found := classes_told(model, data, who)) != len(data.classes):
+        raise InputError(
+            f"{who} tells {found} classes apart, {data.name} has {len(data.classes)}: choose another, or the data that it was "
+            "trained on"
+        )

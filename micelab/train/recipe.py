@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 
 from micelab import checkpoint, models
-from micelab.data import ImageData
+from micelab.activation import QuantClip, TrainableClip
+from micelab.data import ImageData, to_float
 from micelab.exceptions import InputError
 from micelab.train.augment import Augmentation
+from micelab.train.bounds import IMAGES, fit_bounds
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Recipe:
 
     `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only; `storage`:
     numbers of the file that the final network is written to, and those that its accuracies are measured with; `small_crops`:
-    share of the epochs, from the first on, that see crops of three quarters of the side, at about half of the cost.
+    share of the epochs, from the first on, that see crops of three quarters of the side, at about half of the cost; `distill`:
+    weight of the Kullback-Leibler divergence to `teacher`, a checkpoint (None: the one that it starts from).
     """
 
     dataset: str = "digits"
@@ -37,11 +40,15 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = "fp32"
     start: str | None = None
     storage: Literal["fp32", "fp16"] = "fp32"
+    distill: float = 0.0
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         for name, (good, wanted) in self.ranges().items():
             if not good:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range: give {wanted}")
+        if self.teacher is not None and not self.distill:
+            raise InputError(f"--teacher {self.teacher} teaches nothing where --distill is 0: give its weight, as in --distill 1")
 
     @property
     def small_epochs(self) -> int:
@@ -65,12 +72,15 @@ class Recipe:
             "seed": (self.seed >= 0, "at least 0"),
             "precision": (self.precision in ("bf16", "fp32"), "bf16 or fp32"),
             "storage": (self.storage in ("fp32", "fp16"), "fp32 or fp16"),
+            "distill": (0 <= self.distill < math.inf, "at least 0"),
         }
 
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
     """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4.
+
+    fit_theta: the bounds begin where they serve the activations of `start`, a ReLU network, best (`fit_bounds`), not at `theta`.
 
     >>> TrainConfig(epochs=2, levels=4).lr
     0.1
@@ -82,6 +92,7 @@ class TrainConfig(Recipe):
     activation: str = "quant_clip"
     levels: int | None = 8
     theta: float = 4.0
+    fit_theta: bool = False
     momentum: float = 0.9
     compile: bool = False
 
@@ -98,18 +109,26 @@ class TrainConfig(Recipe):
         model = models.build(spec)
         if self.start is not None:
             checkpoint.start_from(model, self.start)
+        if self.fit_theta:
+            self._fit(model, data)
         return model
+
+    def _fit(self, model: models.ImageNetwork, data: ImageData) -> None:
+        if self.start is None or any(isinstance(module, TrainableClip) for module in checkpoint.load(self.start).modules()):
+            raise InputError("--fit-theta fits bounds to a ReLU network's activations: name one with --start, or leave it out")
+        if not any(isinstance(module, QuantClip) for module in model.modules()):
+            raise InputError(f"--fit-theta is for bounds with levels, and --activation {self.activation} has none: leave it out")
+        fit_bounds(model, to_float(data.train.images[:IMAGES]))
 
 
 @dataclass(frozen=True)
 class JointConfig(Recipe):
     """Stage 2, from the checkpoint `start`: Adam, gradients clipped to norm `max_norm`, no weight decay.
 
-    time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. distill: weight of
-    the Kullback-Leibler divergence to `teacher` (a checkpoint; the start itself if None); penalty: weight of the residual
-    potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`); average:
-    the network is the mean of the weights at the end and those of `start`, itself trained jointly: two ends of one path,
-    between which lies a flatter place (Izmailov et al., UAI 2018).
+    time_steps: the T it is trained for; several: one of them drawn for each batch, one network for all. penalty: weight of the
+    residual potential penalty; gradient: "rates", of the spike counts alone, or "time", of every spike (`ThroughTimeConfig`);
+    average: the network is the mean of the weights at the end and those of `start`, itself trained jointly: two ends of one
+    path, between which lies a flatter place (Izmailov et al., UAI 2018).
 
     >>> JointConfig(time_steps=(2,), distill=1.0).gradient
     'rates'
@@ -121,8 +140,6 @@ class JointConfig(Recipe):
     theta_lr: float = 1.0
     warmup_epochs: float = 0.1
     time_steps: tuple[int, ...] = (8,)
-    distill: float = 0.0
-    teacher: str | None = None
     penalty: float = 0.0
     max_norm: float = 1.0
     gradient: Literal["rates", "time"] = "rates"
@@ -132,7 +149,6 @@ class JointConfig(Recipe):
         steps = self.time_steps
         return super().ranges() | {
             "time_steps": (bool(steps) and all(isinstance(t, int) and 1 <= t <= 256 for t in steps), "integers from 1 to 256"),
-            "distill": (0 <= self.distill < math.inf, "at least 0"),
             "penalty": (0 <= self.penalty < math.inf, "at least 0"),
             "max_norm": (0 < self.max_norm < math.inf, "a number above 0"),
             "gradient": (self.gradient in ("rates", "time"), "rates or time"),
@@ -140,8 +156,6 @@ class JointConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher is not None and not self.distill:
-            raise InputError(f"--teacher {self.teacher} teaches nothing where --distill is 0: give its weight, as in --distill 1")
         if (self.gradient == "time") != isinstance(self, ThroughTimeConfig):
             kind = "ThroughTimeConfig" if self.gradient == "time" else "JointConfig"
             raise InputError(f'gradient is "{self.gradient}": use {kind}, whose rate and optimizer are made for it')

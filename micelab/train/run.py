@@ -6,6 +6,7 @@ where an undisturbed one ends, on the same machine and thread count.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import signal
@@ -26,7 +27,7 @@ from micelab.data import ImageData, load_data, to_float
 from micelab.exceptions import InputError, TrainingError
 from micelab.machine import compiled, has_bf16, ran_out
 from micelab.train import card, history, state
-from micelab.train.answers import accuracy
+from micelab.train.answers import accuracy, must_tell_the_classes
 from micelab.train.augment import small_side
 from micelab.train.batches import training_batches
 from micelab.train.noise import measure_noise
@@ -118,6 +119,7 @@ class Run:
             device=accelerator.device,
         )
         self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
+        self.teacher = self._ready(self.make_teacher()) if config.distill else None
         if config.small_epochs:
             self._try_small(data.train.images[:1])
         self.optimizer = self.make_optimizer(_groups(self.model, config))
@@ -143,6 +145,17 @@ class Run:
         """The network to train."""
         return self.config.build(self.data)
 
+    def make_teacher(self) -> nn.Module:
+        """The network whose answers are learned too."""
+        if (name := self.config.teacher or self.config.start) is None:
+            raise InputError("--distill learns another network's answers: name its checkpoint with --teacher")
+        return checkpoint.load(name)
+
+    def _ready(self, teacher: nn.Module) -> nn.Module:
+        must_tell_the_classes(teacher, self.data, "--teacher" if self.config.teacher else "--start")
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        return teacher.to(self.accelerator.device).to(memory_format=torch.channels_last)
+
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer; each group carries its rate's `scale`."""
         config = self.config
@@ -157,7 +170,18 @@ class Run:
         """(what is minimized, logits) of a batch."""
         with self.autocast():
             logits = self.forward(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing), logits
+        return self.loss_of(logits, images, labels), logits
+
+    def loss_of(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the logits, and, with a teacher, their divergence from its own."""
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.inference_mode(), self.autocast():
+            said = self.teacher(images)
+        wanted = F.log_softmax(said.float(), 1).clone()
+        far = F.kl_div(F.log_softmax(logits, 1), wanted, log_target=True, reduction="batchmean")
+        return loss + self.config.distill * far
 
     def measure(self) -> dict[str, Any]:
         """What is measured after every epoch, on the validation images; "validation_accuracy" among it."""
