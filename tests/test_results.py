@@ -17,10 +17,12 @@ ANNS = {  # shipped networks that are no spiking ones: the least that each knows
     "resnet20a-cifar10-qcfs": (0.905, 60),
     "resnet20a-cifar10-noise": (0.885, 66),
     "resnet20a-cifar100-relu": (0.655, 40),
+    "resnet20a-cifar100-relu-long": (0.67, 120),
     "resnet20a-cifar100-qcfs": (0.645, 54),
     "resnet20c-cifar10-qcfs": (0.915, 33),
     "resnet20c-cifar10-relu": (0.92, 31),
     "resnet20c-cifar100-relu": (0.66, 23),
+    "resnet20c-cifar100-relu-long": (0.735, 35),
     "resnet20c-cifar100-qcfs": (0.65, 25),
 }
 JOINT = {  # those trained jointly: T, and the least that they gain there over the quantized network on 500 images, of 1
