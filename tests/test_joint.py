@@ -502,7 +502,7 @@ def test_a_diverged_run_stops_keeps_its_state_and_says_so(few, stage1, tmp_path,
     calls = []
     one_step = Run._one_step
     monkeypatch.setattr(Run, "_one_step", lambda run, *batch: calls.append(0) or one_step(run, *batch))
-    monkeypatch.setattr(joint.run.F, "cross_entropy", broken)
+    monkeypatch.setattr(F, "cross_entropy", broken)
     config = JointConfig(time_steps=(2,), epochs=3, batch_size=64)
     with pytest.raises(TrainingError, match=r"the loss is nan in epoch 2, step 1: .*kept in .*Lower --lr \(now 0.001\)"):
         joint.train(config, tmp_path, few, model=stage1[0])
