@@ -10,10 +10,13 @@ import torch
 
 from micelab import checkpoint, models
 from micelab.activation import QuantClip, TrainableClip
+from micelab.convert import convert
 from micelab.data import ImageData, to_float
 from micelab.exceptions import InputError
 from micelab.train.augment import Augmentation
-from micelab.train.bounds import IMAGES, fit_bounds
+
+FIT_IMAGES = 256
+"""So many training images, without augmentation, tell `fit_theta` where the bounds begin."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Recipe:
 class TrainConfig(Recipe):
     """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4.
 
-    fit_theta: the bounds begin where they serve the activations of `start`, a ReLU network, best (`fit_bounds`), not at `theta`.
+    fit_theta: the bounds begin where they serve the activations of `start`, a ReLU network, best (as
+    method "mse" does, Li et al., ICML 2021), not at `theta`.
 
     >>> TrainConfig(epochs=2, levels=4).lr
     0.1
@@ -110,15 +114,21 @@ class TrainConfig(Recipe):
         if self.start is not None:
             checkpoint.start_from(model, self.start)
         if self.fit_theta:
-            self._fit(model, data)
+            self._fit_theta(model, data)
         return model
 
-    def _fit(self, model: models.ImageNetwork, data: ImageData) -> None:
-        if self.start is None or any(isinstance(module, TrainableClip) for module in checkpoint.load(self.start).modules()):
+    def _fit_theta(self, model: models.ImageNetwork, data: ImageData) -> None:
+        """Every bound becomes the threshold that "mse" finds for its layer of `start` at T = levels."""
+        relu = None if self.start is None else checkpoint.load(self.start)
+        if relu is None or any(isinstance(module, TrainableClip) for module in relu.modules()):
             raise InputError("--fit-theta fits bounds to a ReLU network's activations: name one with --start, or leave it out")
-        if not any(isinstance(module, QuantClip) for module in model.modules()):
+        clips = {name: module for name, module in model.named_modules() if isinstance(module, QuantClip)}
+        if not clips or self.levels is None:
             raise InputError(f"--fit-theta is for bounds with levels, and --activation {self.activation} has none: leave it out")
-        fit_bounds(model, to_float(data.train.images[:IMAGES]))
+        snn = convert(relu, "mse", to_float(data.train.images[:FIT_IMAGES]), time_steps=self.levels)
+        with torch.no_grad():
+            for name, clip in clips.items():
+                clip.log_theta.copy_(snn.neurons[name].theta.log().expand_as(clip.log_theta))
 
 
 @dataclass(frozen=True)
