@@ -21,6 +21,7 @@ ANNS = {  # shipped networks that are no spiking ones: the least that each knows
     "resnet20a-cifar100-qcfs": (0.645, 54),
     "resnet20c-cifar10-qcfs": (0.915, 33),
     "resnet20c-cifar10-relu": (0.92, 31),
+    "resnet20c-cifar10-relu-long": (0.93, 43),
     "resnet20c-cifar100-relu": (0.66, 23),
     "resnet20c-cifar100-relu-long": (0.735, 35),
     "resnet20c-cifar100-qcfs": (0.65, 25),
