@@ -635,7 +635,7 @@ def test_a_network_is_made_again_from_its_card_alone(chain, tmp_path, monkeypatc
 def test_the_command_lists_the_runs_and_makes_them_again(chain, tmp_path):
     command = [sys.executable, "-m", "micelab", "remake", str(chain), "--out", str(tmp_path / "runs")]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line[:13] for line in listed] == ["1/2  1 epochs", "2/2  1 epochs"]
+    assert [line[:13] for line in listed] == ["1/2  1 epoch,", "2/2  1 epoch,"]
     assert not (tmp_path / "runs").exists()
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     accuracy = f"{100 * checkpoint.load(chain).card['test_accuracy']:.2f} %"

@@ -28,7 +28,9 @@ def remake(
 
     cards = runs(checkpoint)
     for number, run in enumerate(cards, 1):
-        reached = f"{run['recipe']['epochs']} epochs, {run['hours']:.1f} h, validation {100 * run['validation_accuracy']:.2f} %"
+        epochs = run["recipe"]["epochs"]
+        length = f"{epochs} epoch{'s' * (epochs > 1)}, {run['hours']:.1f} h"
+        reached = f"{length}, validation {100 * run['validation_accuracy']:.2f} %"
         typer.echo(f"{number}/{len(cards)}  {reached}  {run['command']}")
     if only_list:
         return
