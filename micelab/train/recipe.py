@@ -83,8 +83,7 @@ class Recipe:
 class TrainConfig(Recipe):
     """Stage 1. The recipe is the field's: SGD with Nesterov momentum 0.9, weight decay 5e-4.
 
-    fit_theta: the bounds begin where they serve the activations of `start`, a ReLU network, best (as
-    method "mse" does, Li et al., ICML 2021), not at `theta`.
+    fit_theta: the bounds begin not at `theta` but at the thresholds that method "mse" finds for `start`, a ReLU network.
 
     >>> TrainConfig(epochs=2, levels=4).lr
     0.1
