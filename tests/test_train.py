@@ -16,7 +16,7 @@ from torch import nn
 import micelab
 from micelab import checkpoint, joint, train
 from micelab.data import Split, load_data
-from micelab.exceptions import CheckpointError, InputError, TrainingError
+from micelab.exceptions import CheckpointError, ConversionError, InputError, TrainingError
 from micelab.models import resnet20, small_cnn
 from micelab.train import TrainConfig, recipe, remake
 from micelab.train.recipe import JointConfig, ThroughTimeConfig
@@ -323,6 +323,15 @@ def test_bounds_are_fitted_to_a_relu_network_and_have_levels(tmp_path, monkeypat
     options = {key: f"{value}.safetensors" if key == "start" else value for key, value in options.items()}
     with pytest.raises(InputError, match=words):
         train.train(TrainConfig(**SMALL | options, fit_theta=True), "run", digits)
+
+
+def test_a_start_with_a_silent_layer_has_nothing_to_fit_a_bound_to(tmp_path, digits):
+    silent = small_cnn(width=8)
+    silent.stem[1].bias.data.fill_(-1e3)
+    start = str(checkpoint.save(silent, tmp_path / "silent"))
+    with pytest.raises(ConversionError, match=r"--start .*silent.*: layer `stem.2` is never above 0.*or leave out --fit-theta"):
+        train.train(TrainConfig(**SMALL, start=start, fit_theta=True), tmp_path / "run", digits)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_other_options_names_those_that_differ(tmp_path, digits):

@@ -12,7 +12,7 @@ from micelab import checkpoint, models
 from micelab.activation import QuantClip, TrainableClip
 from micelab.convert import convert
 from micelab.data import ImageData, to_float
-from micelab.exceptions import InputError
+from micelab.exceptions import ConversionError, InputError
 from micelab.train.augment import Augmentation
 
 FIT_IMAGES = 256
@@ -124,7 +124,10 @@ class TrainConfig(Recipe):
         clips = {name: module for name, module in model.named_modules() if isinstance(module, QuantClip)}
         if not clips or self.levels is None:
             raise InputError(f"--fit-theta is for bounds with levels, and --activation {self.activation} has none: leave it out")
-        snn = convert(relu, "mse", to_float(data.train.images[:FIT_IMAGES]), time_steps=self.levels)
+        try:
+            snn = convert(relu, "mse", to_float(data.train.images[:FIT_IMAGES]), time_steps=self.levels)
+        except ConversionError as error:
+            raise ConversionError(f"--start {self.start}: {error}; or leave out --fit-theta") from error
         with torch.no_grad():
             for name, clip in clips.items():
                 clip.log_theta.copy_(snn.neurons[name].theta.log().expand_as(clip.log_theta))
