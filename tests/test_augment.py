@@ -122,6 +122,21 @@ def test_the_first_epochs_may_see_smaller_pieces_of_the_whole_padded_image(kind,
         assert max(max(place) for place in found) > 2 * padding_for(size)
 
 
+@pytest.mark.parametrize("kind", [TrainingBatches, DeviceBatches])
+def test_views_come_again_after_so_many_epochs_and_small_ones_are_others(kind):
+    split = some()
+    options = {"device": "cpu"} if kind is DeviceBatches else {}
+    batches, new = (kind(split, 8, "cutout", 3, small_epochs=3, views=views, **options) for views in (2, 0))
+    epochs = [list(batches.epoch(epoch)) for epoch in range(6)]
+    assert [batches.view(epoch) for epoch in range(6)] == [(0, True), (1, True), (0, True), (1, False), (0, False), (1, False)]
+    for one in range(6):
+        for other in range(one):
+            same = all(torch.equal(a, b) for (a, _), (b, _) in zip(epochs[one], epochs[other], strict=True))
+            assert same == (batches.view(one) == batches.view(other))
+    for epoch in (0, 1):  # before any comes again, they are those that always new ones begin with
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(epochs[epoch], new.epoch(epoch), strict=True))
+
+
 def test_the_cpu_and_autoaugment_keep_torchvisions_transforms():
     split = some()
     assert type(training_batches(split, 8, "standard", 0)) is TrainingBatches

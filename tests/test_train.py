@@ -20,6 +20,7 @@ from micelab.exceptions import CheckpointError, ConversionError, InputError, Tra
 from micelab.models import resnet20, small_cnn
 from micelab.train import TrainConfig, recipe, remake
 from micelab.train.recipe import JointConfig, ThroughTimeConfig
+from micelab.train.teacher import Teacher
 
 SMALL = {"epochs": 3, "batch_size": 64, "theta": 2.0, "width": 8, "levels": 4}
 OPTIONS = ["--dataset", "digits", "--epochs", "10", "--theta", "2", "--levels", "4", "--seed", "5"]
@@ -275,7 +276,8 @@ def test_a_teacher_is_the_start_where_none_is_named_and_must_know_the_classes(tm
     with pytest.raises(InputError, match=r"--distill learns another network's answers: name its checkpoint with --teacher"):
         train.train(TrainConfig(**SMALL, distill=1.0), tmp_path / "run", digits)
     start = str(checkpoint.save(small_cnn(width=8), tmp_path / "start"))
-    seen = train.run.Run(TrainConfig(**SMALL, distill=1.0, start=start), tmp_path / "run", digits, Accelerator(cpu=True)).teacher
+    run = train.run.Run(TrainConfig(**SMALL, distill=1.0, start=start), tmp_path / "run", digits, Accelerator(cpu=True))
+    seen = run.teacher.network
     assert torch.equal(seen.head.weight, checkpoint.load(start).head.weight)
     assert not seen.training
     assert not any(parameter.requires_grad for parameter in seen.parameters())
@@ -284,6 +286,50 @@ def test_a_teacher_is_the_start_where_none_is_named_and_must_know_the_classes(tm
         with pytest.raises(InputError, match=f"{name} tells 7 classes apart, digits has 10: choose another"):
             train.train(TrainConfig(**SMALL, distill=1.0, **options), tmp_path / "run", digits)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teachers_divergence_is_that_of_softened_answers_and_its_gradient_keeps_its_size():
+    torch.manual_seed(0)
+    net, images = small_cnn(width=8).eval(), torch.rand(64, 1, 8, 8)
+    wanted, logits = net(images).detach(), torch.randn(64, 10, requires_grad=True)
+    sizes = {}
+    for temperature in (1.0, 4.0):
+        found = Teacher(net, temperature=temperature).divergence(logits, images)
+        soft, own = (torch.softmax(x.detach().double() / temperature, 1) for x in (wanted, logits))
+        assert found.item() == pytest.approx(temperature**2 * (soft * (soft / own).log()).sum(1).mean().item(), rel=1e-5)
+        sizes[temperature] = torch.autograd.grad(found, logits)[0].norm().item()
+    assert 0.3 < sizes[4.0] / sizes[1.0] < 1
+
+
+def test_a_teacher_is_asked_once_about_a_view_that_comes_again_and_the_run_is_the_same(tmp_path, digits, monkeypatch):
+    name = str(checkpoint.save(small_cnn(width=8), tmp_path / "teacher"))
+    asked = []
+    logits = Teacher.logits
+
+    def counted(teacher, images, key=None):
+        asked.append(key not in teacher.remembered)
+        return logits(teacher, images, key)
+
+    monkeypatch.setattr(Teacher, "logits", counted)
+    config = TrainConfig(**SMALL | {"epochs": 5, "views": 2, "small_crops": 0.4}, distill=1.0, teacher=name)
+    train.train(config, tmp_path / "run", digits)
+    steps = len(digits.train) // config.batch_size
+    assert [sum(asked[epoch * steps :][:steps]) for epoch in range(5)] == [steps, steps, steps, steps, 0]
+    monkeypatch.setattr(Teacher, "logits", lambda teacher, images, key=None: logits(teacher, images))  # as if it forgot
+    train.train(config, tmp_path / "forgetful", digits)
+    assert_same_run(tmp_path / "run", tmp_path / "forgetful")
+
+
+def test_a_run_with_views_that_come_again_resumes_bit_for_bit(tmp_path, digits, monkeypatch):
+    name = str(checkpoint.save(small_cnn(width=8), tmp_path / "teacher"))
+    config = TrainConfig(**SMALL | {"epochs": 4, "views": 2}, distill=1.0, teacher=name)
+    train.train(config, tmp_path / "whole", digits)
+    with monkeypatch.context() as patched:
+        stop_at(patched, epoch=2, step=1)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path / "stopped", digits)
+    train.train(config, tmp_path / "stopped", digits, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_bounds_begin_where_the_staircase_is_nearest_to_what_the_relu_network_does(tmp_path):

@@ -59,9 +59,16 @@ def train(
         float | None,
         typer.Option(help="Share of the epochs, from the first, that see crops of 3/4 of the side, at half the cost [0]."),
     ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(min=0, help="Random views of each image, which come again: a teacher answers each once [0: always new]."),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Checkpoint whose weights training starts from.")] = None,
     distill: Annotated[float | None, typer.Option(min=0, help="Weight of the divergence to --teacher [0].")] = None,
     teacher: Annotated[str | None, typer.Option(help="Checkpoint to distil from [--start].")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="What both networks' logits are divided by before that divergence [1].")
+    ] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Stage 2: train --start with the spikes in the loop.")] = False,
     time_steps: Annotated[
         str | None, typer.Option("--time-steps", help="Joint: the T to train for; several, as in 1,2,4,8: one network for all.")
@@ -102,8 +109,8 @@ def train(
     common = {"precision": default_precision() if precision == "auto" else precision}
     common |= _given(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
     common |= _given(theta_lr=theta_lr, warmup_epochs=warmup_epochs, label_smoothing=label_smoothing)
-    common |= _given(augment=augment, small_crops=small_crops, start=start, storage=storage)
-    common |= _given(distill=distill, teacher=teacher)
+    common |= _given(augment=augment, small_crops=small_crops, views=views, start=start, storage=storage)
+    common |= _given(distill=distill, teacher=teacher, temperature=temperature)
     first = _given(network=network, kind=kind, width=width, activation=activation, levels=levels, theta=theta)
     first |= _given(compile=compile or None, fit_theta=fit_theta or None)
     second = _given(

@@ -114,8 +114,8 @@ class _JointRun(Run):
             self.begun = {name: value.clone() for name, value in net.state_dict().items()}
         return net
 
-    def make_teacher(self) -> nn.Module:
-        return self.given if self.given is not None and self.config.teacher is None else super().make_teacher()
+    def teaching_network(self) -> nn.Module:
+        return self.given if self.given is not None and self.config.teacher is None else super().teaching_network()
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self.config.gradient == "time":

@@ -20,20 +20,22 @@ from micelab.train.augment import Augmentation, augmentation, crop_flip_cutout, 
 
 
 class Choices(TypedDict, total=False):
-    """What may be chosen of batches, as `TrainingBatches` has it by default: mirroring, this process and how many there are, and
-    how many epochs see smaller crops."""
+    """What may be chosen of batches, as `TrainingBatches` has it by default: mirroring, this process and how many there are,
+    how many epochs see smaller crops, and how many views come again."""
 
     flip: bool
     rank: int
     world: int
     small_epochs: int
+    views: int
 
 
 class TrainingBatches:
     """Augmented batches of one epoch; every batch depends on (seed, epoch, step) only, so any of them can be made again.
 
     Processes share an epoch: process `rank` of `world` takes its part of each batch of `batch_size`. The first `small_epochs`
-    see smaller crops (`small_side`).
+    see smaller crops (`small_side`). With `views`, epochs that lie so many apart have the same batches, so that each image is
+    seen in so many random views (0: in a new one every epoch).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         small_epochs: int = 0,
+        views: int = 0,
     ):
         if batch_size % world or not 1 <= batch_size <= len(split):
             raise InputError(
@@ -57,7 +60,7 @@ class TrainingBatches:
                 f"images are of {height} x {size} pixels, and --augment {augment} crops squares: make them square, or use none"
             )
         self.transform, self.small = (augmentation(augment, side, flip) for side in (size, small_side(size)))
-        self.small_epochs = small_epochs
+        self.small_epochs, self.views = small_epochs, views
         self.images = nn.functional.pad(split.images, [padding_for(size)] * 4) if self.transform else split.images
         self.labels, self.batch_size, self.seed, self.rank, self.world = split.labels, batch_size, seed, rank, world
 
@@ -66,11 +69,16 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images float [n, C, H, W], labels [n]) of `epoch` from `first_step` on; seeds torch's generators each step."""
-        order = self.order(epoch).to(self.images.device)
+        view, small = self.view(epoch)
+        order = self.order(view).to(self.images.device)
         for step in range(first_step, len(self)):
-            torch.manual_seed(mix(self.seed, epoch, step, self.rank))
+            torch.manual_seed(mix(self.seed, view, step, self.rank))
             picked = self.part(order, step)
-            yield to_float(self.augmented(picked, epoch < self.small_epochs)), self.labels[picked]
+            yield to_float(self.augmented(picked, small)), self.labels[picked]
+
+    def view(self, epoch: int) -> tuple[int, bool]:
+        """What the batches of `epoch` are made from: its number, from 0 again after `views`, and whether they are small."""
+        return epoch % self.views if self.views else epoch, epoch < self.small_epochs
 
     def augmented(self, picked: Tensor, small: bool = False) -> Tensor:
         """The training images of these numbers [n], each changed by chance, uint8 [n, C, H, W], or, `small`, of smaller side."""

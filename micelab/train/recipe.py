@@ -25,8 +25,10 @@ class Recipe:
 
     `theta_lr`: rate of the bounds theta (and starts v0), as a share of `lr`; `weight_decay` is for weights only; `storage`:
     numbers of the file that the final network is written to, and those that its accuracies are measured with; `small_crops`:
-    share of the epochs, from the first on, that see crops of three quarters of the side, at about half of the cost; `distill`:
-    weight of the Kullback-Leibler divergence to `teacher`, a checkpoint (None: the one that it starts from).
+    share of the epochs, from the first on, that see crops of three quarters of the side, at about half of the cost; `views`:
+    how many random views each image is seen in, after which they come again (0: a new one every epoch); `distill`: weight of the
+    Kullback-Leibler divergence at `temperature` to `teacher`, a checkpoint (None: the one that it starts from), which is asked
+    once about each view that comes again.
     """
 
     dataset: str = "digits"
@@ -39,12 +41,14 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: Augmentation = "standard"
     small_crops: float = 0.0
+    views: int = 0
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "fp32"
     start: str | None = None
     storage: Literal["fp32", "fp16"] = "fp32"
     distill: float = 0.0
     teacher: str | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name, (good, wanted) in self.ranges().items():
@@ -52,6 +56,10 @@ class Recipe:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which is out of range: give {wanted}")
         if self.teacher is not None and not self.distill:
             raise InputError(f"--teacher {self.teacher} teaches nothing where --distill is 0: give its weight, as in --distill 1")
+        if self.temperature != 1 and not self.distill:
+            raise InputError(
+                f"--temperature {self.temperature:g} is a teacher's, and --distill is 0: give its weight, as in --distill 1"
+            )
 
     @property
     def small_epochs(self) -> int:
@@ -72,10 +80,15 @@ class Recipe:
                 0 <= self.small_crops <= 1 and not (self.small_crops and self.augment == "none"),
                 "a share from 0 to 1, and an --augment that crops",
             ),
+            "views": (
+                self.views >= 0 and not (self.views and self.augment == "none"),
+                "0 (always new ones) or more, and an --augment that changes them",
+            ),
             "seed": (self.seed >= 0, "at least 0"),
             "precision": (self.precision in ("bf16", "fp32"), "bf16 or fp32"),
             "storage": (self.storage in ("fp32", "fp16"), "fp32 or fp16"),
             "distill": (0 <= self.distill < math.inf, "at least 0"),
+            "temperature": (0 < self.temperature < math.inf, "a number above 0"),
         }
 
 

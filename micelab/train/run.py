@@ -6,7 +6,6 @@ where an undisturbed one ends, on the same machine and thread count.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import signal
@@ -32,6 +31,7 @@ from micelab.train.augment import small_side
 from micelab.train.batches import training_batches
 from micelab.train.noise import measure_noise
 from micelab.train.recipe import Recipe, TrainConfig
+from micelab.train.teacher import Teacher
 
 log = logging.getLogger(__name__)
 NOISE_IMAGES = 256
@@ -116,10 +116,11 @@ class Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             small_epochs=config.small_epochs,
+            views=config.views,
             device=accelerator.device,
         )
         self.model: Any = self.make_model().to(accelerator.device).to(memory_format=torch.channels_last)
-        self.teacher = self._ready(self.make_teacher()) if config.distill else None
+        self.teacher = self.make_teacher() if config.distill else None
         if config.small_epochs:
             self._try_small(data.train.images[:1])
         self.optimizer = self.make_optimizer(_groups(self.model, config))
@@ -145,16 +146,17 @@ class Run:
         """The network to train."""
         return self.config.build(self.data)
 
-    def make_teacher(self) -> nn.Module:
+    def teaching_network(self) -> nn.Module:
         """The network whose answers are learned too."""
         if (name := self.config.teacher or self.config.start) is None:
             raise InputError("--distill learns another network's answers: name its checkpoint with --teacher")
         return checkpoint.load(name)
 
-    def _ready(self, teacher: nn.Module) -> nn.Module:
-        must_tell_the_classes(teacher, self.data, "--teacher" if self.config.teacher else "--start")
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        return teacher.to(self.accelerator.device).to(memory_format=torch.channels_last)
+    def make_teacher(self) -> Teacher:
+        """The teacher, once it is known to tell the classes of the data apart."""
+        network = self.teaching_network()
+        must_tell_the_classes(network, self.data, "--teacher" if self.config.teacher else "--start")
+        return Teacher(network, self.accelerator.device, self.config.temperature)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer; each group carries its rate's `scale`."""
@@ -177,11 +179,9 @@ class Run:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         if self.teacher is None:
             return loss
-        with torch.inference_mode(), self.autocast():
-            said = self.teacher(images)
-        wanted = F.log_softmax(said.float(), 1).clone()
-        far = F.kl_div(F.log_softmax(logits, 1), wanted, log_target=True, reduction="batchmean")
-        return loss + self.config.distill * far
+        key = (*self.batches.view(self.epoch), self.step) if self.config.views else None
+        with self.autocast():
+            return loss + self.config.distill * self.teacher.divergence(logits, images, key)
 
     def measure(self) -> dict[str, Any]:
         """What is measured after every epoch, on the validation images; "validation_accuracy" among it."""
