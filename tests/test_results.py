@@ -23,6 +23,7 @@ ANNS = {  # shipped networks that are no spiking ones: the least that each knows
     "resnet20c-cifar10-relu": (0.92, 31),
     "resnet20c-cifar10-relu-long": (0.93, 43),
     "resnet20c-cifar100-relu": (0.735, 35),
+    "resnet20c-cifar100-relu-long": (0.765, 59),
     "resnet20c-cifar100-qcfs": (0.725, 36),
 }
 JOINT = {  # those trained jointly: T, and the least that they gain there over the quantized network on 500 images, of 1
